@@ -1,0 +1,99 @@
+"""Layers that several backbones share. Attribute names are those of the published checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mezzotint.errors import MezzotintError
+
+MAX_PERIOD = 10_000.0
+TIME_FREQUENCIES = 128
+
+
+def _angles(position: Tensor, count: int) -> Tensor:
+    """Positions (N,) times `count` frequencies that fall geometrically from 1 towards 1/MAX_PERIOD: (N, count)."""
+    index = torch.arange(count, dtype=position.dtype, device=position.device)
+    return torch.outer(position, torch.exp(-math.log(MAX_PERIOD) * index / count))
+
+
+def position_table(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed sine-cosine table (rows·columns, width) for a grid read row by row.
+
+    A quarter of the channels each: sine of the column, cosine of the column, sine of the row, cosine of the row.
+    Raises MezzotintError when `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise MezzotintError(f"width {width} cannot hold a sine-cosine position table; use a multiple of 4")
+
+    def along(length: int) -> Tensor:
+        angles = _angles(torch.arange(length, dtype=torch.float64), width // 4)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    by_column = along(columns).expand(rows, columns, -1)
+    by_row = along(rows).unsqueeze(1).expand(rows, columns, -1)
+    return torch.cat([by_column, by_row], dim=-1).flatten(0, 1).to(torch.get_default_dtype())
+
+
+class TimestepEmbedding(nn.Module):
+    """Network time (B,), DiT's runs from 0 to 999, → (B, width): sinusoids, cosines first, then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        # An angle of 999 radians means nothing in half precision: sinusoids are taken in float32 or better.
+        angles = _angles(t.to(torch.promote_types(t.dtype, torch.float32)), TIME_FREQUENCIES)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels (B,) int64 in [0, num_classes] → (B, width). Row `num_classes` is the null class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (B, T, width) → (B, T, width).
+
+    Raises MezzotintError when `width` is not a multiple of `heads`.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise MezzotintError(f"width {width} cannot be split into {heads} heads; use a multiple of {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them, (…, width) → (…, width)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift in one pass over x (B, T, width); shift and scale (B, 1, width)."""
+    return torch.addcmul(shift, x, 1 + scale)

@@ -1,0 +1,62 @@
+"""Data sets by name, and the order in which training meets them.
+
+>>> dataset = load("digits", "train")
+>>> order = BatchOrder.over(dataset, batch_size=64, seed=0)
+>>> batch = next(iterate_batches(dataset, order, start_step=0, stop_step=1000))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Any
+
+from mezzotint.data.base import ImageDataset, ImageStream, InMemoryImages
+from mezzotint.data.folder import image_folder
+from mezzotint.data.huggingface import hugging_face
+from mezzotint.data.idx_files import idx
+from mezzotint.data.loader import Batch, BatchOrder, iterate_batches
+from mezzotint.data.sklearn_digits import digits
+from mezzotint.errors import MezzotintError, closest
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "BatchOrder",
+    "ImageDataset",
+    "ImageStream",
+    "InMemoryImages",
+    "digits",
+    "hugging_face",
+    "idx",
+    "image_folder",
+    "iterate_batches",
+    "load",
+]
+
+SOURCES: dict[str, Callable[..., ImageDataset | ImageStream]] = {
+    "digits": digits,
+    "idx": idx,
+    "folder": image_folder,
+    "huggingface": hugging_face,
+}
+"""Every data set that `load` knows: a function of `split` and of the options in its signature."""
+
+
+def load(name: str = "digits", split: str = "train", **options: Any) -> ImageDataset | ImageStream:
+    """The data set `name` of `SOURCES`, one split of it.
+
+    An option of ``None`` counts as not given. Raises `MezzotintError` for an unknown name, an option that the data set
+    does not take, or a missing one.
+    """
+    if name not in SOURCES:
+        raise MezzotintError(f"data set {name!r} is unknown; {closest(name, SOURCES)} (set data.name)")
+    options = {option: value for option, value in options.items() if value is not None}
+    parameters = {p.name: p for p in signature(SOURCES[name]).parameters.values() if p.name != "split"}
+    for option in options:
+        if option not in parameters:
+            raise MezzotintError(f"data set {name!r} takes no option {option!r}; {closest(option, parameters)}")
+    for option, parameter in parameters.items():
+        if parameter.default is Parameter.empty and option not in options:
+            raise MezzotintError(f"data set {name!r} needs the option {option!r}; set data.{option}")
+    return SOURCES[name](split=split, **options)

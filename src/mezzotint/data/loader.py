@@ -1,0 +1,184 @@
+"""The order of the examples and the loop over batches: without state, so that any step can be the first."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mezzotint.data.base import BatchedDataset, ImageDataset, ImageStream
+from mezzotint.data.transforms import to_float
+from mezzotint.errors import MezzotintError
+
+STREAM_PREFETCH = 2  # batches that a stream reads ahead; `DataLoader`'s own number, too
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch."""
+
+    images: Tensor  # float32 (B, C, H, W) in [−1, 1]
+    labels: Tensor | None  # int64 (B,); None when the data set is unlabelled
+    indices: Tensor  # int64 (B,): places in the data set, or, of a stream, running numbers
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which examples make up a global batch: seeded permutations of the data set, one per epoch, end to end for ever.
+
+    A batch may span epochs, so every example is used. `num_examples` is None for a stream, which has an order of its
+    own: its examples are numbered as they come. Raises `MezzotintError` unless the numbers are positive.
+    """
+
+    num_examples: int | None
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise MezzotintError(f"the batch size is {self.batch_size}; expected at least 1")
+        if self.num_examples == 0:
+            raise MezzotintError("the data set holds no examples; expected at least 1, so check data.path")
+        if self.seed < 0:
+            raise MezzotintError(f"the seed is {self.seed}; expected 0 or more")
+
+    @classmethod
+    def over(cls, dataset: ImageDataset | ImageStream, batch_size: int, seed: int = 0) -> BatchOrder:
+        """The order in which `dataset` is gone through."""
+        return cls(None if isinstance(dataset, ImageStream) else len(dataset), batch_size, seed)
+
+    def indices(self, step: int) -> Tensor:
+        """The examples int64 (batch_size,) of global batch `step`, counted from 0."""
+        first, last = step * self.batch_size, (step + 1) * self.batch_size
+        if self.num_examples is None:
+            return torch.arange(first, last)
+        epochs = range(first // self.num_examples, (last - 1) // self.num_examples + 1)
+        starts = [(epoch, epoch * self.num_examples) for epoch in epochs]
+        return torch.cat(
+            [_permutation(self.num_examples, self.seed, e)[max(first - start, 0) : last - start] for e, start in starts]
+        )
+
+
+@lru_cache(maxsize=2)  # the epochs on both sides of a batch
+def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed))
+
+
+def iterate_batches(
+    dataset: ImageDataset | ImageStream,
+    order: BatchOrder,
+    *,
+    start_step: int,
+    stop_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The batches of steps `start_step` to ``stop_step − 1``, of each the slice that belongs to process `rank`.
+
+    The global batches depend on `order` alone, not on the number of processes or `workers` nor on where iteration
+    began. `workers` are processes that decode images, or threads for a stream; a data set in memory needs none.
+    Raises `MezzotintError` when the processes cannot share a batch equally, or from decoding.
+    """
+    if order.batch_size % world_size:
+        raise MezzotintError(
+            f"a batch of {order.batch_size} cannot be shared equally by {world_size} processes; "
+            f"make the batch size a multiple of {world_size}"
+        )
+    size = order.batch_size // world_size
+    share = slice(rank * size, (rank + 1) * size)
+    steps = range(start_step, stop_step)
+    if isinstance(dataset, ImageStream):
+        return _stream_batches(dataset, order, steps, share, workers)
+    return _dataset_batches(dataset, order, steps, share, workers)
+
+
+# ------------------------------------------------------------------------------------------- data sets
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Batch | MezzotintError]):
+    """A data set whose item number k is the whole share of batch k, which makes loading it a plain loop over steps."""
+
+    dataset: ImageDataset
+    order: BatchOrder
+    share: slice
+
+    def __getitem__(self, step: int) -> Batch | MezzotintError:
+        indices = self.order.indices(step)[self.share]
+        if isinstance(self.dataset, BatchedDataset):
+            images, labels = self.dataset.get_batch(indices)
+            return Batch(to_float(images), labels if self.dataset.class_names else None, indices)
+        try:
+            return _collate([self.dataset[i] for i in indices.tolist()], self.dataset, indices)
+        except MezzotintError as error:
+            return error  # raised here, its sentence would reach the user inside a worker's traceback
+
+
+def _dataset_batches(
+    dataset: ImageDataset, order: BatchOrder, steps: range, share: slice, workers: int
+) -> Iterator[Batch]:
+    batches = _Batches(dataset, order, share)
+    loaded: Iterable[Batch | MezzotintError]
+    if workers == 0 or isinstance(dataset, BatchedDataset):
+        loaded = map(batches.__getitem__, steps)
+    else:
+        loaded = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or the loader would advance the global one
+        )
+    for batch in loaded:
+        if isinstance(batch, MezzotintError):
+            raise batch
+        yield batch
+
+
+def _collate(examples: Sequence[tuple[Tensor, int]], dataset: ImageDataset | ImageStream, indices: Tensor) -> Batch:
+    images, labels = zip(*examples, strict=True)
+    return Batch(to_float(torch.stack(images)), torch.tensor(labels) if dataset.class_names else None, indices)
+
+
+# --------------------------------------------------------------------------------------------- streams
+
+
+def _stream_batches(
+    stream: ImageStream, order: BatchOrder, steps: range, share: slice, workers: int
+) -> Iterator[Batch]:
+    """Every process reads the whole stream, and decodes its share: so its batches are those of a single process."""
+    examples = stream.read(steps.start * order.batch_size, order.seed)
+
+    def load(step: int, decoders: ThreadPoolExecutor | None) -> Batch:
+        window = list(islice(examples, order.batch_size))
+        positions = range(order.batch_size)[share]
+        decode = partial(stream.decode, window)
+        return _collate(
+            list(decoders.map(decode, positions) if decoders else map(decode, positions)),
+            stream,
+            order.indices(step)[share],
+        )
+
+    if workers == 0:
+        yield from (load(step, None) for step in steps)
+        return
+    # One thread reads, so the order stays; PIL decodes without Python's lock, so more threads do help with that.
+    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as reader:
+        pending: deque[Future[Batch]] = deque()
+        for step in steps:
+            pending.append(reader.submit(load, step, decoders))
+            if len(pending) > STREAM_PREFETCH:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,141 @@
+"""Denoiser = backbone + interpolant + target: what objectives, guidance and samplers talk to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.errors import MezzotintError
+from mezzotint.interpolants import Coefficients, Interpolant, Transition
+from mezzotint.targets import TARGETS, Target, convert, time_range
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's output at x_t, which can be read as data, noise, velocity, score or v (all shaped like x_t).
+
+    `variance` is the learned variance's interpolation value in [-1, 1] (DiT, section 3), or None.
+    """
+
+    x_t: Tensor
+    output: Tensor
+    target: Target
+    coefficients: Coefficients
+    variance: Tensor | None = None
+
+    def to(self, target: Target) -> Tensor:
+        """This prediction as `target`; not finite at a t outside `Model.time_range(target)`."""
+        return convert(self.output, self.x_t, self.coefficients, self.target, target)
+
+    @cached_property
+    def data(self) -> Tensor:
+        return self.to("data")
+
+    @cached_property
+    def noise(self) -> Tensor:
+        return self.to("noise")
+
+    @cached_property
+    def velocity(self) -> Tensor:
+        return self.to("velocity")
+
+    @cached_property
+    def score(self) -> Tensor:
+        return self.to("score")
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.to("v")
+
+    def log_variance(self, step: Transition, floor: Tensor | None = None) -> Tensor:
+        """The learned log variance of a step: log lower at `variance` −1, log upper at 1 (Nichol and Dhariwal, eq. 15).
+
+        `floor` replaces a lower bound of zero, which has no logarithm (the step that ends at t = 0).
+        """
+        if self.variance is None:
+            raise ValueError("this model has no learned variance")
+        lower = step.lower if floor is None else torch.where(step.lower > 0, step.lower, floor)
+        return torch.lerp(lower.log(), step.upper.log(), (self.variance + 1) / 2)
+
+
+class Model(Protocol):
+    """What a sampler asks of a model: a prediction at (x, t), its interpolant, and where its conversions are finite."""
+
+    @property
+    def interpolant(self) -> Interpolant: ...
+
+    @property
+    def learned_variance(self) -> bool: ...
+
+    def __call__(self, x: Tensor, t: float | Tensor) -> Prediction: ...
+
+    def time_range(self, *to: Target, eps: float = 1e-3) -> tuple[float, float]: ...
+
+
+class Denoiser(nn.Module):
+    """A backbone, and what its input time and its output mean.
+
+    The backbone is called as backbone(x, network_time, y). Its output may have twice the input's channels: the second
+    half is the learned variance if `learned_variance`, and is dropped otherwise (as SiT does with DiT's doubled output).
+
+    network_time = scale·t + offset, with (scale, offset) = `time_input`: (1000, −1) is DiT's step index for a
+    1,000-step schedule, (−1, 1) is SiT's reversed time.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        interpolant: Interpolant,
+        target: Target = "velocity",
+        *,
+        learned_variance: bool = False,
+        time_input: tuple[float, float] = (1000.0, 0.0),
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise MezzotintError(f"target {target!r} is unknown; known: {', '.join(TARGETS)}.")
+        if learned_variance and interpolant.num_steps is None:
+            raise MezzotintError(
+                "a learned variance needs an interpolant with steps (ddpm, cosine): its bounds are those of one step."
+            )
+        self.backbone = backbone
+        self.interpolant = interpolant
+        self.target: Target = target
+        self.learned_variance = learned_variance
+        self.time_input = time_input
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; label `num_classes` is the null class. 0: unconditional."""
+        return cast(int, self.backbone.num_classes)
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one example."""
+        height, width = cast("tuple[int, int]", self.backbone.input_size)
+        return cast(int, self.backbone.in_channels), height, width
+
+    def time_range(self, *to: Target, eps: float = 1e-3) -> tuple[float, float]:
+        """The range of t on which the prediction converts to all of `to`; eps is the margin at a singular end."""
+        return time_range(self.interpolant, self.target, to or (self.target,), eps)
+
+    def forward(self, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Prediction:
+        """x (B, C, H, W); t in [0, 1], one number for the batch or (B,); y (B,) int64 or None (the null class)."""
+        batch = x.shape[0]
+        scale, offset = self.time_input
+        if isinstance(t, Tensor):
+            network_time = (scale * t + offset).expand(batch)
+        else:
+            network_time = torch.full((batch,), scale * t + offset, dtype=x.dtype, device=x.device)
+        if self.num_classes and y is None:
+            y = torch.full((batch,), self.num_classes, device=x.device)
+        output = self.backbone(x, network_time, y).to(x.dtype)
+        variance = None
+        if output.shape[1] == 2 * x.shape[1]:
+            output, second_half = output.chunk(2, dim=1)
+            variance = second_half if self.learned_variance else None
+        return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance)

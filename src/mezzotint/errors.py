@@ -1,0 +1,17 @@
+"""The one exception type for a user's mistake."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MezzotintError(Exception):
+    """What was wrong, what was expected and what to do, in one sentence. The command line prints it and exits with 2."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``"closest: a, b"`` for an unknown `word` among `known`, or all of them when nothing is near."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
+    return f"closest: {', '.join(near)}" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,44 @@
+"""What a network costs: parameters and multiply-adds, as the papers' tables count them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and price of a network.
+
+    params: all numbers it stores, fixed buffers (such as a position table) included.
+    trainable_params: those that the optimiser changes.
+    gmacs: 10⁹ multiply-adds of one forward pass. The papers call this "Gflops".
+    """
+
+    params: int
+    trainable_params: int
+    gmacs: float
+
+
+def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
+    """Counts `model(*inputs)` without computing it; `inputs` are those of one example, (1, …) tensors on any device.
+
+    Counted are matrix products, convolutions and attention, but not FFTs or elementwise work. The pass runs on the meta
+    device whatever the model's own, so the model may be built under ``torch.device("meta")``, where the largest takes
+    no memory and about half a second.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    arguments = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(model, on_meta, arguments)
+    return Cost(
+        params=sum(tensor.numel() for tensor in tensors.values()),
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        gmacs=counter.get_total_flops() / 2e9,
+    )

@@ -1,0 +1,287 @@
+"""Interpolants: the signal and noise scales of x_t = alpha(t)·x + sigma(t)·eps.
+
+t = 0 is data and t = 1 is noise, for every interpolant. An interpolant is one method, `at`, which gives alpha, sigma
+and their derivatives at t; everything else in the library (targets, samplers, weights) is arithmetic on those four.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from mezzotint.errors import MezzotintError, closest
+
+
+class Coefficients(NamedTuple):
+    """alpha, sigma and their derivatives in t, each of t's shape, or shaped to broadcast against x_t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+class Norm(NamedTuple):
+    """A family's normalisation at (alpha, sigma), with its two partial derivatives."""
+
+    value: Tensor
+    by_alpha: Tensor
+    by_sigma: Tensor
+
+
+class Interpolant(ABC):
+    """alpha(t) and sigma(t) on [0, 1]. A derivative that diverges at an end is returned as an infinity there."""
+
+    #: number of steps of a discrete schedule; None when the interpolant is defined in continuous time only
+    num_steps: int | None = None
+    #: smallest t at which a model is ever asked for a prediction (a discrete schedule's first step)
+    t_min: float = 0.0
+    #: standard deviation of the noise that sampling starts from
+    prior_std: float = 1.0
+
+    @abstractmethod
+    def at(self, t: Tensor) -> Coefficients:
+        """alpha, sigma, alpha', sigma' at t in [0, 1], in t's shape and dtype."""
+
+    @abstractmethod
+    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
+        """What this family keeps at 1 (alpha + sigma, or √(alpha² + sigma²), or alpha), for any alpha and sigma."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.at(t).alpha
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.at(t).sigma
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha² / sigma²): +inf at t = 0, decreasing in t."""
+        c = self.at(t)
+        return 2 * (c.alpha.log() - c.sigma.log())
+
+    def coefficients(self, t: float | Tensor, x: Tensor) -> Coefficients:
+        """`at(t)` shaped to broadcast against x (B, ...).
+
+        A number (one time for the whole batch, as in sampling) stays a float64 scalar on the CPU, which multiplies
+        a tensor on any device without a copy or a synchronisation; a tensor (B,) becomes (B, 1, ...) in x's dtype.
+        """
+        if not isinstance(t, Tensor):
+            return self.at(torch.tensor(t, dtype=torch.float64))
+        c = self.at(t)
+        if t.ndim == 0:
+            return c
+        return Coefficients(*(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in c))
+
+
+class _VariancePreserving(Interpolant):
+    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
+        length = torch.hypot(alpha, sigma)
+        return Norm(length, alpha / length, sigma / length)
+
+    @staticmethod
+    def _from_log_alpha(log_alpha: Tensor, d_log_alpha: Tensor) -> Coefficients:
+        # expm1 keeps sigma's relative precision near t = 0, where 1 − alpha² would cancel.
+        alpha = log_alpha.exp()
+        sigma = (-torch.expm1(2 * log_alpha)).sqrt()
+        d_alpha = alpha * d_log_alpha
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+
+class Linear(Interpolant):
+    """alpha = 1 − t, sigma = t (SiT, Table 1; rectified flow)."""
+
+    def at(self, t: Tensor) -> Coefficients:
+        return Coefficients(1 - t, t.clone(), torch.full_like(t, -1.0), torch.ones_like(t))
+
+    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
+        return Norm(alpha + sigma, torch.ones_like(alpha), torch.ones_like(sigma))
+
+
+class GVP(_VariancePreserving):
+    """Generalised variance preserving: alpha = cos(πt/2), sigma = sin(πt/2) (SiT, Table 1)."""
+
+    def at(self, t: Tensor) -> Coefficients:
+        half_pi = math.pi / 2
+        # cos(πt/2) as sin(π(1 − t)/2), so that alpha is exactly 0 at t = 1 and accurate near it.
+        alpha, sigma = torch.sin(half_pi * (1 - t)), torch.sin(half_pi * t)
+        return Coefficients(alpha, sigma, -half_pi * sigma, half_pi * alpha)
+
+
+class VP(_VariancePreserving):
+    """SBDM's variance-preserving path, alpha = exp(−¼t²(β_max − β_min) − ½tβ_min) (SiT, Table 1). sigma'(0) = +inf."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max:
+            raise MezzotintError(f"vp needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}.")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def at(self, t: Tensor) -> Coefficients:
+        slope = self.beta_max - self.beta_min
+        return self._from_log_alpha(-0.25 * t**2 * slope - 0.5 * t * self.beta_min, -0.5 * (t * slope + self.beta_min))
+
+
+class LinearVariance(_VariancePreserving):
+    """l-DAE's schedule: alpha² falls linearly from 1 to 0. sigma'(0) = +inf, alpha'(1) = −inf."""
+
+    def at(self, t: Tensor) -> Coefficients:
+        alpha, sigma = (1 - t).sqrt(), t.sqrt()
+        return Coefficients(alpha, sigma, -0.5 / alpha, 0.5 / sigma)
+
+
+class VarianceExploding(Interpolant):
+    """l-DAE without input scaling: alpha ≡ 1, sigma = sigma_max·t, sigma_max = √2 in the paper."""
+
+    def __init__(self, sigma_max: float = math.sqrt(2)) -> None:
+        if not sigma_max > 0:
+            raise MezzotintError(f"variance-exploding needs sigma_max > 0, got {sigma_max}.")
+        self.sigma_max = self.prior_std = sigma_max
+
+    def at(self, t: Tensor) -> Coefficients:
+        return Coefficients(
+            torch.ones_like(t), self.sigma_max * t, torch.zeros_like(t), torch.full_like(t, self.sigma_max)
+        )
+
+    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
+        return Norm(alpha, torch.ones_like(alpha), torch.zeros_like(sigma))
+
+
+class Discrete(_VariancePreserving):
+    """A DDPM schedule of T betas, usable at its T steps and at any t between them.
+
+    Step i (0-based, as networks number it) is t = (i + 1) / T, where alpha² is exactly ∏_{j ≤ i} (1 − β_j); t = 0 is
+    clean data. Between steps log alpha² is interpolated linearly, which is the path of an SDE whose rate is constant
+    over each step: the schedule is continuous, and its derivative is the exact one of that path. sigma'(0) = +inf.
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise MezzotintError("a discrete schedule needs a vector of betas, each strictly between 0 and 1.")
+        self.num_steps = len(betas)
+        self.t_min = 1 / len(betas)
+        self.log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
+
+    def at(self, t: Tensor) -> Coefficients:
+        assert self.num_steps is not None
+        table = self.log_alpha.to(t)
+        position = t * self.num_steps
+        i = position.detach().floor().long().clamp(0, self.num_steps - 1)
+        start, step = table[i], table[i + 1] - table[i]
+        return self._from_log_alpha(start + (position - i) * step, step * self.num_steps)
+
+
+def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Tensor:
+    """DDPM's linear betas (num_steps,), float64; for another number of steps the ends scale by 1000 / num_steps."""
+    scale = 1000 / num_steps
+    return torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64)
+
+
+def cosine_betas(num_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
+    """Improved DDPM's cosine schedule ("squaredcos_cap_v2") as betas (num_steps,), float64, capped at max_beta."""
+    t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_squared = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alpha_squared[1:] / alpha_squared[:-1]).clamp(max=max_beta)
+
+
+class SNRShift(Interpolant):
+    """`base` with its signal-to-noise ratio divided by `divisor` at every t, in base's own normalisation.
+
+    MDM shifts a level s times larger per side by divisor = s**power (papers.md, section 4; Hoogeboom et al. 2023).
+    For `Linear` it is the timestep shift of Stable Diffusion 3 with factor √divisor.
+    """
+
+    def __init__(self, base: Interpolant, divisor: float) -> None:
+        if not divisor > 0:
+            raise MezzotintError(f"an SNR shift divides the ratio by a number above 0, got {divisor}.")
+        self.base, self.divisor = base, divisor
+        self.num_steps, self.t_min = base.num_steps, base.t_min
+        end = self.at(torch.ones((), dtype=torch.float64))
+        # A path that ends in (nearly) pure noise keeps its norm there; one that keeps its data (alpha = 1) spreads.
+        self.prior_std = base.prior_std if end.alpha < 0.5 else end.sigma.item()
+
+    def at(self, t: Tensor) -> Coefficients:
+        alpha, sigma, d_alpha, d_sigma = self.base.at(t)
+        root = math.sqrt(self.divisor)
+        sigma, d_sigma = root * sigma, root * d_sigma
+        norm = self.base.norm(alpha, sigma)
+        # Every norm is homogeneous of degree 1, so by Euler's theorem the quotient rule leaves only the turning of the
+        # direction (alpha, sigma): (alpha / n)' = −n_sigma·turn and (sigma / n)' = n_alpha·turn.
+        turn = (alpha * d_sigma - sigma * d_alpha) / norm.value**2
+        return Coefficients(alpha / norm.value, sigma / norm.value, -norm.by_sigma * turn, norm.by_alpha * turn)
+
+    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
+        return self.base.norm(alpha, sigma)
+
+
+class Transition(NamedTuple):
+    """q(x_s | x_t, x) = N(from_x_t·x_t + from_data·x, lower): the exact posterior of the forward process, s < t.
+
+    `lower` is DDPM's beta-tilde (the variance when x is known) and `upper` its beta (when x ~ N(0, 1)): the two
+    bounds between which a learned variance interpolates.
+    """
+
+    from_x_t: Tensor
+    from_data: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def transition(interpolant: Interpolant, t: float | Tensor, s: float | Tensor) -> Transition:
+    """The transition from t to s (0 <= s < t <= 1), in float64 because variances of short steps cancel.
+
+    DDPM, equations 6-7, written for any (alpha, sigma). At s = 0 the posterior is the point x.
+    """
+    t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
+    now, then = interpolant.at(t), interpolant.at(s)
+    ratio = now.alpha / then.alpha
+    upper = now.sigma**2 - (ratio * then.sigma) ** 2
+    share = then.sigma**2 / now.sigma**2
+    return Transition(ratio * share, then.alpha * upper / now.sigma**2, upper * share, upper)
+
+
+InterpolantName = Literal["linear", "gvp", "vp", "ddpm", "cosine", "linear-variance", "variance-exploding"]
+INTERPOLANTS: tuple[InterpolantName, ...] = get_args(InterpolantName)
+
+
+def interpolant(
+    name: str,
+    *,
+    beta_min: float = 0.1,
+    beta_max: float = 20.0,
+    num_steps: int = 1000,
+    sigma_max: float = math.sqrt(2),
+    snr_divisor: float = 1.0,
+) -> Interpolant:
+    """An interpolant by name, one of `INTERPOLANTS`; an option that does not concern it is ignored.
+
+    Raises `MezzotintError` for an unknown name or an option out of range.
+    """
+    if num_steps < 1:
+        raise MezzotintError(f"interpolant.num_steps must be at least 1, got {num_steps}.")
+    makers = {
+        "linear": Linear,
+        "gvp": GVP,
+        "vp": lambda: VP(beta_min, beta_max),
+        "ddpm": lambda: Discrete(linear_betas(num_steps)),
+        "cosine": lambda: Discrete(cosine_betas(num_steps)),
+        "linear-variance": LinearVariance,
+        "variance-exploding": lambda: VarianceExploding(sigma_max),
+    }
+    if name not in makers:
+        raise MezzotintError(f"interpolant {name!r} is unknown; {closest(name, makers)}.")
+    made: Interpolant = makers[name]()
+    return made if snr_divisor == 1.0 else SNRShift(made, snr_divisor)
+
+
+def time_of_log_snr(interpolant: Interpolant, log_snr: Tensor, t_min: float, t_max: float) -> Tensor:
+    """The t in [t_min, t_max] at which the interpolant has this log SNR, by bisection to float64 precision."""
+    low = torch.full_like(log_snr, t_min, dtype=torch.float64)
+    high = torch.full_like(low, t_max)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = interpolant.log_snr(middle) > log_snr
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2

@@ -1,0 +1,208 @@
+"""A recipe made real: build it, load it from a run folder, sample it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mezzotint.backbones.dit import DiT
+from mezzotint.conditions.classes import class_labels, parse_classes
+from mezzotint.denoiser import Denoiser
+from mezzotint.errors import MezzotintError
+from mezzotint.files import atomic_path
+from mezzotint.guidance import ConditionalModel, Guidance
+from mezzotint.interpolants import interpolant
+from mezzotint.progress import track
+from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.representations import KLAutoencoder, Pixels, Representation
+from mezzotint.samplers import Sampler, example_generators, randn
+
+
+@dataclass
+class Pipeline:
+    """A denoiser with its recipe, its representation (read when first used) and its classes' names."""
+
+    recipe: Recipe
+    denoiser: Denoiser
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @cached_property
+    def representation(self) -> Representation:
+        settings = self.recipe.representation
+        if settings.name == "pixels":
+            return Pixels()
+        if settings.path is None:
+            raise MezzotintError("representation.path must name the autoencoder's folder or hub model.")
+        return KLAutoencoder(settings.path, scale=settings.scale, device=self.device)
+
+
+def build_backbone(recipe: Recipe) -> nn.Module:
+    """The recipe's network with freshly initialised weights, on the current default device."""
+    settings, (channels, height, width) = recipe.backbone, recipe.latent_shape
+    return DiT(
+        input_size=(height, width),
+        patch_size=settings.patch_size,
+        in_channels=channels,
+        out_channels=channels if recipe.variance == "none" else 2 * channels,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        mlp_ratio=settings.mlp_ratio,
+        num_classes=settings.num_classes or 0,
+        conditioning=settings.conditioning,
+    )
+
+
+def build_denoiser(recipe: Recipe) -> Denoiser:
+    """The recipe's denoiser with freshly initialised weights."""
+    settings = recipe.interpolant.model_dump()
+    return Denoiser(
+        build_backbone(recipe),
+        interpolant(settings.pop("name"), **settings),
+        recipe.target,
+        learned_variance=recipe.variance == "learned",
+        time_input=recipe.time_input,
+    )
+
+
+def build(recipe: Recipe | str, *, class_names: Sequence[str] = (), device: torch.device | str = "cpu") -> Pipeline:
+    """A pipeline with fresh weights, initialised from recipe.seed without touching the global random state."""
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        denoiser = build_denoiser(recipe)
+    return Pipeline(recipe, denoiser.to(device).eval(), tuple(class_names))
+
+
+def load(run: str | Path, *, weights: str = "model", device: torch.device | str = "cpu") -> Pipeline:
+    """The pipeline of a run folder: recipe.yaml and `weights`.safetensors (the first EMA; see `mezzotint train`).
+
+    Raises `MezzotintError` where the folder, the weights or a part of them is missing, cut off or of another shape.
+    """
+    run = Path(run)
+    if not (run / "recipe.yaml").is_file():
+        raise MezzotintError(f"{run} is not a run folder: it has no recipe.yaml (train one with 'mezzotint train').")
+    recipe = load_recipe(run)
+    file = run / f"{weights}.safetensors"
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in run.glob("*.safetensors"))) or "none yet"
+        raise MezzotintError(f"run {run} has no weights {weights!r}; it has: {there}.")
+    pipeline = build(recipe)
+    tensors, metadata = read_tensors(file)
+    load_tensors(pipeline.denoiser.backbone, tensors, str(file))
+    pipeline.class_names = tuple(json.loads(metadata.get("class_names", "[]")))
+    pipeline.denoiser.to(device)
+    return pipeline
+
+
+def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Write a backbone's parameters and buffers as safetensors, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, in safetensors' words
+            raise OSError(str(error)) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises `MezzotintError` where it is cut off or not one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise MezzotintError(
+            f"{path} is not a whole safetensors file ({error}); take another checkpoint or copy it again."
+        ) from None
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load `tensors` into `module`, all of them and nothing else; otherwise raise `MezzotintError` with the list."""
+    wanted = module.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise MezzotintError(f"the tensors in {source} do not fit the network: {shown}.")
+    module.load_state_dict(tensors)
+
+
+def choose_labels(pipeline: Pipeline, classes: Sequence[int | str] | None, count: int) -> Tensor | None:
+    """Labels (count,) spread evenly over `classes` (None: all of the model's), or None for an unconditional model."""
+    if not pipeline.denoiser.num_classes and classes is None:
+        return None
+    everything = range(pipeline.denoiser.num_classes)
+    if classes is None:
+        return class_labels(everything, count)
+    return class_labels(parse_classes(classes, pipeline.denoiser.num_classes, pipeline.class_names), count)
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Pipeline,
+    classes: Sequence[int | str] | None = None,
+    count: int = 16,
+    *,
+    guidance: float | Guidance | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+    trajectory: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Draw `count` images, float32 (count, C, H, W) in [-1, 1] on the CPU; (states, count, C, H, W) with `trajectory`.
+
+    classes: numbers or names that the images are spread over evenly and in order (None: all). guidance: a scale, or a
+    `Guidance`; None and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are taken from the recipe.
+    Image i depends on (seed, i) and its class alone, whatever the batch size.
+    Raises `MezzotintError` for an unknown class or option, or a combination that means nothing.
+    """
+    if count < 1:
+        raise MezzotintError(f"count must be at least 1, got {count}.")
+    if batch_size < 1:
+        raise MezzotintError(f"batch_size must be at least 1, got {batch_size}.")
+    recipe, denoiser = pipeline.recipe, pipeline.denoiser
+    sampler = Sampler.parse(recipe.sampling.model_dump() | options)
+    if guidance is None:
+        guidance = recipe.guidance
+    elif not isinstance(guidance, Guidance):
+        guidance = Guidance.parse(recipe.guidance.model_dump() | {"scale": guidance})
+    labels = choose_labels(pipeline, classes, count)
+    starts = range(0, count, batch_size)
+    finished = []
+    for start in starts:
+        indices = range(start, min(start + batch_size, count))
+        y = None if labels is None else labels[indices.start : indices.stop].to(pipeline.device)
+        model = ConditionalModel(denoiser, y, guidance)
+        generators = example_generators(seed, indices)
+        x = denoiser.interpolant.prior_std * randn((len(indices), *denoiser.in_shape), generators, device=pipeline.device)
+        steps = sampler.path(model, x, generators)
+        label = f"sampling {indices.start + len(indices)}/{count}"
+        states = [x] if trajectory else []
+        for x in track(steps, label, total=sampler.steps, enabled=progress):
+            if trajectory:
+                states.append(x)
+        finished.append(torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x))
+    return torch.cat(finished, dim=1 if trajectory else 0)
+
+
+def _decode(pipeline: Pipeline, x: Tensor) -> Tensor:
+    return pipeline.representation.decode(x).float().cpu()

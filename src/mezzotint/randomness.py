@@ -1,0 +1,21 @@
+"""Seeds that are a function of what they are for, so that any draw can be repeated without replaying those before it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def mix(*parts: int) -> int:
+    """A 64-bit seed from integers (splitmix64 over them in turn): neighbouring inputs give unrelated seeds."""
+    z = 0
+    for part in parts:
+        z = (z + part + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return z
+
+
+def generator_for(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device` seeded by `mix(*parts)`."""
+    return torch.Generator(device).manual_seed(mix(*parts))

@@ -1,0 +1,1 @@
+"""The recipes that the library ships, one YAML file each."""

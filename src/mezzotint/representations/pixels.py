@@ -1,0 +1,17 @@
+"""Pixels: x is the image itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Pixels:
+    """The identity: images in [-1, 1] are the data."""
+
+    def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x as images, clamped to [-1, 1]."""
+        return x.clamp(-1, 1)

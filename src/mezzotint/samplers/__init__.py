@@ -1,0 +1,169 @@
+"""Samplers: how to walk from noise to data. `Sampler` names one with its settings; each family is one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from mezzotint.denoiser import Model
+from mezzotint.errors import MezzotintError, closest
+from mezzotint.samplers import ddpm, multistep, ode, sde
+from mezzotint.samplers.noise import Generators, example_generators, randn
+from mezzotint.samplers.times import Spacing, respaced_times, time_grid
+from mezzotint.settings import Settings
+
+__all__ = ["SAMPLERS", "Sampler", "example_generators", "randn"]
+
+#: name → network evaluations per step
+SAMPLERS: dict[str, int | None] = {
+    "ddpm": 1,
+    "ddim": 1,
+    "ode-euler": 1,
+    "ode-heun": 2,
+    "ode-rk4": 4,
+    "ode-dopri5": None,
+    "sde": 1,
+    "sde-heun": 2,
+    "dpm-solver++": 1,
+}
+
+
+class Sampler(Settings):
+    """One sampler with its settings; any of them works with any model that the equation allows."""
+
+    sampler: str = "ode-heun"
+    """ddpm, ddim, ode-euler, ode-heun, ode-rk4, ode-dopri5, sde, sde-heun or dpm-solver++; `sde-sigma` is sde with
+    diffusion sigma, and so on."""
+    steps: int = Field(50, ge=1)
+    """Number of steps, the last one included. For ode-dopri5, which chooses its own, the number of points reported."""
+    spacing: Spacing = "uniform"
+    """Spacing of the times: uniform, quadratic, log-snr; or ddim (whole strides) for ddpm and ddim on discrete steps."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """ddim: 0 is deterministic, 1 has the ancestral variance."""
+    variance: Literal["auto", "learned", "lower", "upper"] = "auto"
+    """ddpm: the step's variance; auto is the learned one where the model has it, else the lower bound (beta-tilde)."""
+    diffusion: str = "sigma"
+    """sde: the form of w(t): constant, sigma, linear, sbdm, sin2, increasing or decreasing."""
+    diffusion_scale: float = Field(1.0, ge=0)
+    """sde: factor on w(t). SiT's public code defines its diffusion as w / 2: use 2 to reproduce its norm of 1."""
+    last_step: sde.LastStep = "mean"
+    """sde: what replaces the last step: mean (drift only), tweedie (posterior mean), euler (ODE step) or none."""
+    last_step_size: float = Field(0.04, gt=0, lt=1)
+    """sde: size of the last step in t."""
+    rtol: float = Field(1e-3, gt=0)
+    """ode-dopri5: relative tolerance."""
+    atol: float = Field(1e-6, gt=0)
+    """ode-dopri5: absolute tolerance."""
+    eps: float = Field(1e-3, gt=0, lt=0.5)
+    """How far from a singular end of [0, 1] the model is first and last asked; regular ends are reached exactly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_name(cls, values: dict[str, object]) -> dict[str, object]:
+        name = values.get("sampler")
+        if isinstance(name, str) and name not in SAMPLERS and name.startswith("sde-"):
+            prefix, _, form = name.rpartition("-")
+            if prefix in SAMPLERS:
+                values = {**values, "sampler": prefix, "diffusion": form}
+        return values
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str) -> str:
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler {name!r} is unknown; {closest(name, SAMPLERS)}.")
+        return name
+
+    @field_validator("diffusion")
+    @classmethod
+    def _known_diffusion(cls, name: str) -> str:
+        if name not in sde.DIFFUSIONS:
+            raise ValueError(f"sde diffusion {name!r} is unknown; {closest(name, sde.DIFFUSIONS)}.")
+        return name
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations of one run (a guided evaluation counts once); None where the solver decides."""
+        per_step = SAMPLERS[self.sampler]
+        if per_step is None:
+            return None
+        if self.sampler in ("sde", "sde-heun"):
+            return per_step * (self.steps - 1) + (self.last_step != "none")
+        return per_step * self.steps
+
+    def times(self, model: Model) -> list[float]:
+        """The decreasing times that this sampler visits with this model, ending at 0 (or at its smallest usable t)."""
+        interpolant = model.interpolant
+        if self.sampler in ("ddpm", "ddim", "dpm-solver++"):
+            t_min, t_max = model.time_range("data", "noise", eps=self.eps)
+            discrete = interpolant.num_steps is not None and self.spacing in ("uniform", "ddim")
+            if discrete:
+                assert interpolant.num_steps is not None
+                return respaced_times(interpolant.num_steps, self.steps, self.spacing)
+            # The last step jumps to t = 0 by the data prediction, so the model is never asked at 0 itself.
+            grid = time_grid(interpolant, self.steps, 0.0, t_max, self.spacing)
+            floor = max(t_min, self.eps if self.spacing == "log-snr" else 0.0)
+            return [max(t, floor) for t in grid[:-1]] + [0.0]
+        if self.sampler in ("sde", "sde-heun"):
+            if self.steps < 2:
+                raise MezzotintError(f"sampling.steps must be at least 2 for {self.sampler} (the last is its own), got 1.")
+            t_min, t_max = model.time_range("velocity", "score", eps=self.eps)
+            if not sde.ReverseSDE(model, self.diffusion).w(t_max).isfinite():
+                t_max -= self.eps
+            last = max(self.last_step_size, t_min)
+            return [*time_grid(interpolant, self.steps - 1, last, t_max, self.spacing), 0.0]
+        t_min, t_max = model.time_range("velocity", eps=self.eps)
+        return time_grid(interpolant, self.steps, t_min, t_max, self.spacing)
+
+    @torch.no_grad()
+    def path(self, model: Model, x: Tensor, generator: Generators) -> Iterator[Tensor]:
+        """Walk from x ~ p(x_t) at t = times[0] (see `start`) to data; yields the state after every step.
+
+        Random numbers come from `generator`; one generator per example makes each example independent of its batch.
+        """
+        times = self.times(model)
+        match self.sampler:
+            case "ddpm":
+                variance = self.variance
+                if variance == "auto":
+                    variance = "learned" if model.learned_variance else "lower"
+                if variance == "learned" and not model.learned_variance:
+                    raise MezzotintError("sampling.variance is 'learned', but this model has none; use lower or upper.")
+                yield from ddpm.ddpm(model, x, times, generator=generator, variance=variance)
+            case "ddim":
+                yield from ddpm.ddim(model, x, times, generator=generator, eta=self.eta)
+            case "dpm-solver++":
+                yield from multistep.dpm_solver_pp_2m(model, x, times)
+            case "sde" | "sde-heun":
+                solver = sde.euler_maruyama if self.sampler == "sde" else sde.stochastic_heun
+                yield from solver(
+                    model,
+                    x,
+                    times,
+                    generator=generator,
+                    diffusion=self.diffusion,
+                    scale=self.diffusion_scale,
+                    last_step=self.last_step,
+                )
+            case _:
+                yield from self._ode(model, x, times)
+
+    def _ode(self, model: Model, x: Tensor, times: list[float]) -> Iterator[Tensor]:
+        match self.sampler:
+            case "ode-euler":
+                states = ode.euler(model, x, times)
+            case "ode-heun":
+                states = ode.heun(model, x, times)
+            case "ode-rk4":
+                states = ode.rk4(model, x, times)
+            case _:
+                states = ode.dopri5(model, x, times, rtol=self.rtol, atol=self.atol)
+        for state in states:
+            x = state
+            yield x
+        if times[-1] > 0:  # the velocity does not exist at 0: what is left is the posterior mean
+            yield model(x, times[-1]).data

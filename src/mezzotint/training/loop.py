@@ -1,0 +1,434 @@
+"""The training loop: one function, from the recipe to the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.tensorboard import SummaryWriter
+
+from mezzotint.data import Batch, BatchOrder, ImageDataset, ImageStream, iterate_batches
+from mezzotint.denoiser import Denoiser
+from mezzotint.errors import MezzotintError
+from mezzotint.files import write_text
+from mezzotint.images import save_grid
+from mezzotint.objectives import Objective
+from mezzotint.pipeline import Pipeline, build, sample, save_weights
+from mezzotint.progress import console, progress_bar
+from mezzotint.randomness import generator_for
+from mezzotint.recipe import Recipe, TrainingSettings, load_recipe
+from mezzotint.training.checkpoints import Checkpoints
+from mezzotint.training.ema import EMA
+from mezzotint.training.parallel import World, world
+from mezzotint.weightings import time_distribution, weighting
+
+#: what a resumed run may change: how long it goes on, and how often it reports; nothing that a weight depends on
+MAY_CHANGE = (
+    {"steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"},
+    {"workers", "max_unreadable"},
+)
+VALIDATION_EXAMPLES = 2048
+# Streams of random numbers, told apart by the second argument of `generator_for`.
+TRAINING, VALIDATION = 1, 2
+
+
+def train(
+    recipe: Recipe, run: str | Path, *, resume: bool = False, device: str = "auto", quiet: bool = False
+) -> Pipeline:
+    """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
+
+    The folder gets recipe.yaml (resolved), model.safetensors (the first EMA; further decays as model-ema-<decay>),
+    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl) and samples/. With `resume`, training goes on from the
+    newest whole checkpoint and ends with the very weights of an uninterrupted run. Started by torchrun, the global
+    batch is shared by all processes. Ctrl-C or SIGTERM saves a checkpoint and raises `KeyboardInterrupt`.
+
+    Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
+    """
+    settings, run = recipe.training, Path(run)
+    with ExitStack() as stack:
+        here = stack.enter_context(world(device))
+        if settings.batch_size % (here.size * settings.accumulate):
+            raise MezzotintError(
+                f"training.batch_size {settings.batch_size} is not divisible by {here.size} process(es) × "
+                f"{settings.accumulate} micro-batch(es)."
+            )
+
+        # ---------------------------------------------------------------------------------- data, model, optimizer
+        train_set = recipe.data.load("train")
+        test_set = recipe.data.load("test") if settings.validate_every else None
+        recipe = resolve(recipe, train_set)
+        open_run(run, recipe, resume, here)
+        pipeline = build(recipe, class_names=train_set.class_names, device=here.device)
+        denoiser = pipeline.denoiser.train()
+        representation = pipeline.representation
+        ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
+        averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)  # type: ignore[arg-type]
+        backbone = denoiser.backbone
+        if settings.compile:
+            backbone.compile()
+        objective = make_objective(recipe, denoiser)
+        parallel_objective = here.wrap(objective)
+        optimizer = torch.optim.AdamW(
+            backbone.parameters(),
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=here.device.type in ("cpu", "cuda"),
+        )
+        autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+        # -------------------------------------------------------------------------------------------------- resume
+        checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
+        step = (checkpoints.latest() or 0) if resume else 0
+        if step:
+            state = training_state(denoiser, optimizer, ema)
+            checkpoints.load(step, state)
+            set_state_dict(
+                backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"]
+            )
+            for average, saved in zip(ema.modules, state["ema"], strict=True):
+                average.load_state_dict(saved)
+        log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
+        if step and not quiet and here.is_main:
+            console.print(f"resuming {run} at step {step}")
+
+        def check(losses: list[Tensor], first: int) -> list[float]:
+            """The global losses of the last steps as numbers; a non-finite one stops the run."""
+            values = here.mean(torch.stack(losses)).tolist() if losses else []
+            for offset, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise _diverged(value, first + offset, order, checkpoints)
+            return values  # type: ignore[no-any-return]
+
+        def save(step: int) -> None:
+            checkpoints.save(step, training_state(denoiser, optimizer, ema))
+            if here.is_main:
+                export(averaged.denoiser, ema, run, pipeline.class_names, step)
+
+        # ---------------------------------------------------------------------------------------------------- loop
+        order = BatchOrder.over(train_set, settings.batch_size, recipe.seed)
+        batches = iterate_batches(
+            train_set,
+            order,
+            start_step=step,
+            stop_step=settings.steps,
+            rank=here.rank,
+            world_size=here.size,
+            workers=recipe.data.workers,
+        )
+        share = settings.batch_size // here.size
+        micro = share // settings.accumulate
+        mine = slice(here.rank * share, (here.rank + 1) * share)
+        pending: list[Tensor] = []  # this process's losses since the last check, still on the device
+        interrupted = stack.enter_context(catch_signals())
+        for batch in batches:
+            # Every random number of a step comes from (seed, step), drawn for the global batch and then sliced: what a
+            # step does depends neither on the steps before it nor on the number of processes.
+            generator = generator_for(recipe.seed, TRAINING, step, device=here.device)
+            flips = torch.rand(settings.batch_size, generator=generator, device=here.device)[mine] < 0.5
+            draw = objective.draw(settings.batch_size, generator).rows(mine)
+            images, labels = to_device(batch, here.device)
+            if recipe.data.flip:
+                images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+            x = representation.encode(images, generator)
+
+            set_lr(optimizer, settings, step)
+            loss = torch.zeros((), device=here.device)
+            for k in range(settings.accumulate):
+                rows = slice(k * micro, (k + 1) * micro)
+                last = k == settings.accumulate - 1
+                with nullcontext() if last or here.size == 1 else parallel_objective.no_sync(), autocast:  # type: ignore[operator]
+                    losses = parallel_objective(x[rows], None if labels is None else labels[rows], draw.rows(rows))
+                    part = losses["loss"].mean() / settings.accumulate
+                    part.backward()
+                loss += part.detach()
+            if settings.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            ema.update(denoiser, step)
+            pending.append(loss)
+
+            finished = step == settings.steps
+            due = finished or step % settings.log_every == 0
+            # A signal reaches the processes at different steps; they agree on when to stop where they meet anyway.
+            stop = interrupted() if here.size == 1 else due and here.any(interrupted())
+            save_now = finished or stop or step % settings.checkpoint_every == 0
+            if due or save_now:
+                values = check(pending, step - len(pending))
+                pending.clear()
+                log.losses(step, values, optimizer.param_groups[0]["lr"])
+            log.advance(step)
+            if test_set is not None and (finished or step % settings.validate_every == 0) and here.is_main:
+                log.scalar(step, "loss/validation", validation_loss(recipe, averaged, test_set))
+            if settings.sample_every and (finished or step % settings.sample_every == 0) and here.is_main:
+                log.grid(step, averaged, run / "samples")
+            if save_now:
+                save(step)
+            if stop and not finished:
+                raise KeyboardInterrupt
+        if not log.saw_steps and here.is_main:  # resumed after the end: make sure that the weights are there
+            export(averaged.denoiser, ema, run, pipeline.class_names, step)
+    averaged.denoiser.eval()
+    return averaged
+
+
+def resolve(recipe: Recipe, dataset: ImageDataset | ImageStream) -> Recipe:
+    """The recipe with what only the data know filled in: the number of classes. Checks that the two fit."""
+    wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
+    if wanted and not has:
+        raise MezzotintError(
+            f"the recipe has {wanted} classes but the data set is unlabelled; set backbone.num_classes=0 to train "
+            "without classes."
+        )
+    if wanted and has > wanted:
+        raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
+    expected = (recipe.data.channels, recipe.data.size, recipe.data.size)
+    if dataset.image_shape != expected:
+        raise MezzotintError(
+            f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
+            "set data.size and data.channels."
+        )
+    backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
+    return recipe.model_copy(update={"backbone": backbone})
+
+
+def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
+    """The recipe's training objective for this denoiser."""
+    settings, path = recipe.objective, denoiser.interpolant
+    t_min, t_max = denoiser.time_range(eps=settings.time_eps)
+    times = settings.times
+    if times == "auto":
+        times = "uniform" if path.num_steps is None else "discrete"
+    if denoiser.learned_variance and times != "discrete":
+        raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}.")
+    return Objective(
+        denoiser,
+        weighting=weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma),
+        times=time_distribution(
+            times,
+            t_min=t_min,
+            t_max=t_max,
+            num_steps=path.num_steps,
+            mean=settings.time_mean,
+            std=settings.time_std,
+        ),
+        label_dropout=settings.label_dropout,
+        stratified=settings.stratified,
+        vlb_weight=settings.vlb_weight,
+    )
+
+
+def open_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
+    """Make the run folder, or check that the one that is there belongs to this recipe."""
+    written = run / "recipe.yaml"
+    problem = ""
+    if here.is_main:
+        if written.exists() and not resume:
+            problem = f"{run} already holds a run; continue it with --resume, or choose another --out."
+        elif written.exists():
+            problem = _differences(load_recipe(run), recipe, run)
+        elif run.is_dir() and any(run.iterdir()):
+            problem = f"{run} is not empty and not a run folder; choose another --out."
+        if not problem:
+            write_text(written, recipe.to_yaml())
+    if here.any(bool(problem)):
+        raise MezzotintError(problem or f"{run} cannot be used; see the first process's message.")
+
+
+def _differences(old: Recipe, new: Recipe, run: Path) -> str:
+    """A sentence on how `new` would change the run of `old`, or nothing where it may go on."""
+
+    def fixed(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(
+            exclude={"training": MAY_CHANGE[0], "data": MAY_CHANGE[1], "sampling": True, "guidance": True, "description": True}  # type: ignore[dict-item]
+        )
+
+    before, after = _flat(fixed(old)), _flat(fixed(new))
+    changed = [key for key in before if before[key] != after.get(key)]
+    if old.training.steps != new.training.steps and new.training.lr_schedule != "constant":
+        changed.append("training.steps")
+        before["training.steps"], after["training.steps"] = old.training.steps, new.training.steps
+    if not changed:
+        return ""
+    shown = ", ".join(f"{key} ({before[key]} there, {after.get(key)} here)" for key in changed[:3])
+    return f"{run} belongs to another recipe: {shown}; use that run's recipe, or choose another --out."
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Images and labels on the device, without waiting for the copy."""
+    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+    return batch.images.to(device, non_blocking=True), labels
+
+
+def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int) -> None:
+    """Set the learning rate of the step that follows `step` finished ones."""
+    scale = 1.0
+    if step < settings.warmup_steps:
+        scale = (step + 1) / settings.warmup_steps
+    elif settings.lr_schedule != "constant":
+        progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+        scale = 1 - progress if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * scale
+
+
+def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
+    """Everything that the next step depends on; data order and random numbers are functions of the step."""
+    backbone, optimizer_state = get_state_dict(denoiser.backbone, optimizer)
+    return {
+        "backbone": backbone,
+        "optimizer": optimizer_state,
+        "ema": [average.state_dict() for average in ema.modules],
+    }
+
+
+def export(denoiser: Denoiser, ema: EMA, run: Path, class_names: tuple[str, ...], step: int) -> None:
+    """Write model.safetensors (the first average, or the weights themselves without one) and the further averages."""
+    metadata = {"step": str(step), "class_names": json.dumps(list(class_names))}
+    save_weights(denoiser.backbone, run / "model.safetensors", metadata)
+    for decay, average in list(zip(ema.decays, ema.modules, strict=True))[1:]:
+        assert isinstance(average, Denoiser)
+        save_weights(average.backbone, run / f"model-ema-{decay}.safetensors", metadata)
+
+
+@torch.no_grad()
+def validation_loss(recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | ImageStream) -> float:
+    """The objective's mean over (up to 2,048 of) the held-out examples, with the same noise every time."""
+    objective = make_objective(recipe, pipeline.denoiser)
+    count = VALIDATION_EXAMPLES if isinstance(dataset, ImageStream) else min(len(dataset), VALIDATION_EXAMPLES)
+    batch_size = min(256, count)
+    order = BatchOrder.over(dataset, batch_size, 0)
+    losses = []
+    for step, batch in enumerate(iterate_batches(dataset, order, start_step=0, stop_step=count // batch_size)):
+        generator = generator_for(0, VALIDATION, step, device=pipeline.device)
+        images, labels = to_device(batch, pipeline.device)
+        x = pipeline.representation.encode(images, generator)
+        losses.append(objective(x, labels, objective.draw(len(x), generator))["loss"])
+    return torch.cat(losses).mean().item()
+
+
+def _diverged(value: float, step: int, order: BatchOrder, checkpoints: Checkpoints) -> MezzotintError:
+    indices = order.indices(step).tolist()
+    listed = ", ".join(map(str, indices[:16])) + (f", … ({len(indices)} in all)" if len(indices) > 16 else "")
+    last = checkpoints.latest()
+    good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
+    return MezzotintError(
+        f"the loss became {value} at step {step + 1} (examples {listed}); {good}. Lower training.lr, set "
+        "training.grad_clip, or look at those examples."
+    )
+
+
+@contextmanager
+def catch_signals() -> Iterator[Any]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came. A second Ctrl-C interrupts at once."""
+    seen: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, remember)
+        except ValueError:  # not the main thread: the caller's signals are the caller's
+            break
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Loss, learning rate and images per second to the terminal, TensorBoard and metrics.jsonl; on the main process."""
+
+    def __init__(self, folder: Path, step: int, settings: TrainingSettings, here: World, *, quiet: bool) -> None:
+        self.folder, self.first_step, self.settings = folder, step, settings
+        self.active, self.quiet = here.is_main, quiet
+        self.saw_steps = False
+        self.metrics = folder / "metrics.jsonl"
+
+    def __enter__(self) -> Log:
+        if self.active:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._forget_later_steps()
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step or None)
+            self.bar = progress_bar("loss", "speed")
+            self.bar.disable = self.bar.disable or self.quiet
+            self.bar.start()
+            self.task = self.bar.add_task(
+                "training", total=self.settings.steps, completed=self.first_step, loss="", speed=""
+            )
+        self.since = (time.perf_counter(), self.first_step)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.active:
+            self.bar.stop()
+            self.writer.close()
+
+    def _forget_later_steps(self) -> None:
+        # A killed run has logged steps after its last checkpoint, which will be taken again.
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = []
+            for line in lines:
+                try:
+                    if json.loads(line)["step"] <= self.first_step:
+                        kept.append(line + "\n")
+                except ValueError:  # a line that the kill cut off
+                    continue
+            write_text(self.metrics, "".join(kept))
+
+    def losses(self, step: int, values: list[float], lr: float) -> None:
+        """The losses of the steps up to `step` since the last call."""
+        if not (self.active and values):
+            return
+        now = time.perf_counter()
+        speed = (step - self.since[1]) * self.settings.batch_size / (now - self.since[0])
+        self.since = (now, step)
+        mean = sum(values) / len(values)
+        self.scalar(step, "loss/train", mean, lr=lr, images_per_second=speed)
+        self.bar.update(self.task, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} images/s")
+        if not self.quiet and not console.is_terminal:
+            left = (self.settings.steps - step) * self.settings.batch_size / speed
+            console.print(f"step {step}/{self.settings.steps}  loss {mean:.4f}  {speed:,.0f} images/s  {left:.0f} s left")
+
+    def scalar(self, step: int, name: str, value: float, **more: float) -> None:
+        """One line of metrics.jsonl, each number also to TensorBoard."""
+        values = {name: value, **more}
+        for key, number in values.items():
+            self.writer.add_scalar(key, number, step)
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def grid(self, step: int, pipeline: Pipeline, folder: Path) -> None:
+        """Samples of the averaged model, always from the same noise."""
+        classes = pipeline.denoiser.num_classes
+        images = sample(pipeline, count=8 * min(classes, 10) if classes else 64)
+        save_grid(images, folder / f"step-{step:08d}.png", columns=8)
+
+    def advance(self, step: int) -> None:
+        self.saw_steps = True
+        if self.active:
+            self.bar.update(self.task, completed=step)

@@ -1,0 +1,89 @@
+"""Processes and devices, applied to a model from outside. No other file mentions ranks, except to slice a batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mezzotint.errors import MezzotintError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among its equals: rank in 0..size-1, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over all processes during backward."""
+        if self.size == 1:
+            return module
+        on_gpu = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=on_gpu)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process."""
+        if self.size == 1:
+            return flag
+        shared = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared.item())
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of this name; auto is this process's GPU where there is one, else the CPU.
+
+    Raises `MezzotintError` where the device does not exist.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise MezzotintError(f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one.") from None
+    return device
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the other processes when started by torchrun (gloo on CPUs, nccl on GPUs); alone otherwise."""
+    here = choose_device(device)
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World(0, 1, here)
+        return
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), here)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""The cost model against the DiT paper's tables (Tables 1 and 4, Figure 5) and the official parameter counts."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mezzotint.backbones import DIT_CONFIGS, DiT
+from mezzotint.evaluation.cost import Cost, cost
+
+# name: published Gflops, millions of parameters
+PUBLISHED = {
+    "dit-s-8": (0.36, 33),
+    "dit-s-4": (1.41, 33),
+    "dit-s-2": (6.06, 33),
+    "dit-b-8": (1.42, 131),
+    "dit-b-4": (5.56, 130),
+    "dit-b-2": (23.01, 130),
+    "dit-l-8": (5.01, 459),
+    "dit-l-4": (19.70, 458),
+    "dit-l-2": (80.71, 458),
+    "dit-xl-8": (7.39, 676),
+    "dit-xl-4": (29.05, 675),
+    "dit-xl-2": (118.64, 675),
+}
+
+
+@cache
+def published_cost(name: str, input_size: int = 32, **options: Any) -> Cost:
+    with torch.device("meta"):
+        model = DiT(
+            input_size=input_size, in_channels=4, out_channels=8, num_classes=1000, **DIT_CONFIGS[name], **options
+        )
+    return cost(model, (torch.empty(1, 4, input_size, input_size), torch.empty(1), torch.zeros(1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    gflops, millions = PUBLISHED[name]
+    counted = published_cost(name)
+    assert round(counted.trainable_params / 1e6) == millions  # the table leaves the fixed positions out: see B/2
+    assert counted.gmacs == pytest.approx(gflops, rel=0.003, abs=0.005)  # abs: the table's last digit
+
+
+def test_published_size_at_512() -> None:
+    counted = published_cost("dit-xl-2", input_size=64)
+    assert counted.gmacs == pytest.approx(524.60, rel=0.003)
+    assert round(counted.trainable_params / 1e6) == 675
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "gflops"), [("in-context", 119.4), ("cross-attention", 137.6), ("adaln", 118.6)]
+)
+def test_published_designs(conditioning: str, gflops: float) -> None:
+    assert published_cost("dit-xl-2", conditioning=conditioning).gmacs == pytest.approx(gflops, rel=0.001)
+
+
+def test_exact_official_counts() -> None:
+    """The totals of the official code's parameters(), where the position table is a frozen parameter."""
+    xl, s = published_cost("dit-xl-2"), published_cost("dit-s-8")
+    assert (xl.params, xl.trainable_params) == (675_129_632, 674_834_720)
+    assert (s.params, s.trainable_params) == (33_148_160, 33_142_016)
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.register_buffer("table", torch.zeros(5))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q = self.linear(x)
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal)
+
+
+def test_counts_by_hand() -> None:
+    """T·D² for the linear layer, T²·D for each of the two products of attention, whatever the heads."""
+    counted = cost(Attend(), (torch.zeros(1, 2, 6, 8), False))
+    assert counted == Cost(params=64 + 3 + 5, trainable_params=64, gmacs=2 * (6 * 8 * 8 + 2 * 6 * 6 * 8) / 1e9)
+
+
+def test_leaves_the_model_alone() -> None:
+    model = Attend()
+    cost(model, (torch.zeros(1, 2, 6, 8), False))
+    assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
