@@ -98,7 +98,7 @@ def test_batches_hold_the_examples_of_the_order(dataset: ImageDataset | ImageStr
     for step, batch in enumerate(batches):
         assert batch.images.dtype == torch.float32
         assert batch.images.shape == (8, *dataset.image_shape)
-        assert (-1 <= batch.images.min()) & (batch.images.max() <= 1)
+        assert (batch.images.min() >= -1) & (batch.images.max() <= 1)
         assert torch.equal(batch.indices, order.indices(step))
         if isinstance(dataset, ImageDataset):
             for image, label, index in zip(*batch, strict=True):
@@ -145,7 +145,7 @@ def test_unlabelled_batches_have_no_labels(folder: Path) -> None:
 
 def test_a_batch_that_cannot_be_shared() -> None:
     dataset = digits()
-    with pytest.raises(MezzotintError, match="batch of 8 cannot be shared equally by 3 processes; .* a multiple of 3"):
+    with pytest.raises(MezzotintError, match=r"batch of 8 cannot be shared equally by 3 processes; .* a multiple of 3"):
         iterate(dataset, BatchOrder.over(dataset, 8), start_step=0, stop_step=1, rank=0, world_size=3)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class MezzotintError(Exception):
-    """What was wrong, what was expected and what to do, in one sentence. The command line prints it and exits with 2."""
+    """One sentence: what was wrong, what was expected, what to do. The command line prints it and exits with 2."""
 
 
 def closest(word: str, known: Iterable[str]) -> str:

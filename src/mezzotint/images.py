@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -15,7 +14,7 @@ from mezzotint.files import atomic_path
 
 
 def grid_image(images: Tensor, columns: int, *, min_side: int = 32) -> Image.Image:
-    """Images (N, C, H, W) in [-1, 1] as one picture; tiny ones are enlarged, unsmoothed, to at least min_side pixels."""
+    """Images (N, C, H, W) in [-1, 1] as one picture; tiny ones are enlarged, unsmoothed, to min_side pixels or more."""
     scale = max(1, -(-min_side // images.shape[-1]))
     pixels = to_uint8(images.cpu()).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
@@ -51,5 +50,3 @@ def save_animation(trajectory: Tensor, path: str | Path, columns: int = 10, *, m
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     with atomic_path(path) as temporary:
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-

@@ -193,14 +193,18 @@ def sample(
         y = None if labels is None else labels[indices.start : indices.stop].to(pipeline.device)
         model = ConditionalModel(denoiser, y, guidance)
         generators = example_generators(seed, indices)
-        x = denoiser.interpolant.prior_std * randn((len(indices), *denoiser.in_shape), generators, device=pipeline.device)
+        x = denoiser.interpolant.prior_std * randn(
+            (len(indices), *denoiser.in_shape), generators, device=pipeline.device
+        )
         steps = sampler.path(model, x, generators)
         label = f"sampling {indices.start + len(indices)}/{count}"
         states = [x] if trajectory else []
         for x in track(steps, label, total=sampler.steps, enabled=progress):
             if trajectory:
                 states.append(x)
-        finished.append(torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x))
+        finished.append(
+            torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x)
+        )
     return torch.cat(finished, dim=1 if trajectory else 0)
 
 

@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 #: progress and messages go to standard error, results to standard output
 console = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
 
 
 def progress_bar(*columns: str) -> Progress:

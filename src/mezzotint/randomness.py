@@ -1,4 +1,4 @@
-"""Seeds that are a function of what they are for, so that any draw can be repeated without replaying those before it."""
+"""Seeds that are a function of what they are for: any draw can be repeated without replaying those before it."""
 
 from __future__ import annotations
 

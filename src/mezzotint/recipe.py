@@ -213,7 +213,7 @@ class Recipe(Settings):
     variance: Literal["none", "learned", "unused"] = "none"
     """learned: the network also outputs DiT's variance; unused: it outputs and ignores it, as SiT's published ones."""
     time_input: tuple[float, float] = (1000.0, 0.0)
-    """(scale, offset) of the time that the network sees, scale·t + offset: [1000, -1] is DiT's step index, [-1, 1] SiT's."""
+    """(scale, offset) of the network's time, scale·t + offset: [1000, -1] is DiT's step index, [-1, 1] SiT's."""
     objective: ObjectiveSettings = ObjectiveSettings()
     training: TrainingSettings = TrainingSettings()
     sampling: Sampler = Sampler()
@@ -265,10 +265,35 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
     Raises `MezzotintError` for an unknown name or key, a bad value, or a combination that means nothing.
     """
-    values = _read(source)
+    return override_recipe(Recipe.parse(_read(source)), overrides)
+
+
+def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    """`recipe` with ``key=value`` overrides applied in order. Raises `MezzotintError` as `load_recipe` does."""
+    values = recipe.model_dump()
     for override in overrides:
         values = _merge(values, _override(override))
     return Recipe.parse(values)
+
+
+def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Recipe:
+    """The recipe with what only the data know filled in: the number of classes. Checks that the two fit."""
+    wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
+    if wanted and not has:
+        raise MezzotintError(
+            f"the recipe has {wanted} classes but the data set is unlabelled; set backbone.num_classes=0 to train "
+            "without classes."
+        )
+    if wanted and has > wanted:
+        raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
+    expected = (recipe.data.channels, recipe.data.size, recipe.data.size)
+    if dataset.image_shape != expected:
+        raise MezzotintError(
+            f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
+            "set data.size and data.channels."
+        )
+    backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
+    return recipe.model_copy(update={"backbone": backbone})
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -283,7 +308,9 @@ def _read(source: str | Path) -> dict[str, Any]:
     elif path.suffix in (".yaml", ".yml") or "/" in str(source):
         raise MezzotintError(f"there is no recipe file or run folder at {source}.")
     else:
-        raise MezzotintError(f"recipe {str(source)!r} is unknown; {closest(str(source), names)} (see 'mezzotint recipes').")
+        raise MezzotintError(
+            f"recipe {str(source)!r} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')."
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,39 +19,47 @@ from mezzotint.errors import MezzotintError, closest
 if TYPE_CHECKING:
     import datasets
 
-Example = Mapping[str, Any]  # a row, its image still encoded: {"bytes": ..., "path": ...}, one of them perhaps None
+Row = Mapping[str, Any]  # its image still encoded: {"bytes": ..., "path": ...}, one of them perhaps None
 
-IDENTITY_EXAMPLES = 16
+IDENTITY_ROWS = 16  # that the identity is a digest of
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where an example keeps its image and its label, and how to decode them."""
+    """Where a row keeps its image and its label, and how to decode them."""
 
     image: str
     label: str | None
     class_names: tuple[str, ...]
     decoder: datasets.Image
 
-    def decode(self, example: Example) -> tuple[Image.Image, int]:
+    def decode(self, row: Row) -> tuple[Image.Image, int]:
         """Picture and label, −1 without a label column. Raises `MezzotintError` for a label that is no class."""
         label = -1
         if self.label is not None:
-            label = example[self.label]
+            label = row[self.label]
             if label is None or not 0 <= label < len(self.class_names):
                 raise MezzotintError(
                     f"column {self.label!r} has the label {label}, expected 0 to {len(self.class_names) - 1}; "
                     "mend the data set or set data.labels=false"
                 )
-        if example[self.image] is None:
+        if row[self.image] is None:
             raise ValueError("the image is missing")
-        return self.decoder.decode_example(example[self.image]), label
+        return self.decoder.decode_example(row[self.image]), label
 
-    def content(self, example: Example) -> bytes:
-        """What is in `example`, the same on every machine."""
-        image = example[self.image] or {"bytes": None, "path": None}
-        label = None if self.label is None else example[self.label]
+    def content(self, row: Row) -> bytes:
+        """What is in `row`, the same on every machine."""
+        image = row[self.image] or {"bytes": None, "path": None}
+        label = None if self.label is None else row[self.label]
         return (image["bytes"] or Path(image["path"] or "").name.encode()) + repr(label).encode()
+
+
+class StreamExample(NamedTuple):
+    """A row and its running number, over all epochs."""
+
+    epoch: int
+    number: int
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class HubPictures:
 
 @dataclass(eq=False)
 class HubStream:
-    """An `ImageStream` over a streamed data set; see `hugging_face`."""
+    """An `ImageStream` over a streamed data set; see `hugging_face`. Unreadable images are counted in each epoch."""
 
     dataset: datasets.IterableDataset
     columns: Columns
@@ -84,15 +91,18 @@ class HubStream:
     identity: str
     shuffle_buffer: int
     max_unreadable: int
-    _unreadable: dict[str, str] = field(default_factory=dict)  # content digest, the same in every epoch, to name
+    _unreadable: dict[tuple[int, int], str] = field(default_factory=dict)  # names, by epoch and example number
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.columns.class_names
 
-    def read(self, start: int, seed: int) -> Iterator[tuple[int, Example]]:
-        """Numbered examples from `start` on, without end. To get there, all before are read, though never decoded, and
-        at most one epoch and a half of them: a stream cannot be entered in the middle and its length is not known."""
+    def read(self, start: int, seed: int) -> Iterator[StreamExample]:
+        """The examples from number `start` on, without end, each epoch shuffled anew by `seed`.
+
+        A stream cannot be entered in the middle and does not know its length: to reach `start`, up to two epochs are
+        read, though not decoded.
+        """
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         epoch, skip, number = 0, start, start
         while True:
@@ -100,28 +110,29 @@ class HubStream:
             length = 0
             for length, example in enumerate(shuffled, 1):
                 if length > skip:
-                    yield number, example
+                    yield StreamExample(epoch, number, example)
                     number += 1
             if skip >= length:  # `start` is in a later epoch, and now the length of an epoch is known
                 epoch, skip = divmod(start, length)
             else:
                 epoch, skip = epoch + 1, 0
 
-    def decode(self, window: Sequence[tuple[int, Example]], position: int) -> tuple[Tensor, int]:
+    def decode(self, window: Sequence[StreamExample], position: int) -> tuple[Tensor, int]:
         """Image and label of ``window[position]``, or of the next readable example in `window`, which wraps around."""
         candidates = ((position + i) % len(window) for i in range(len(window)))
         return first_readable(
             candidates,
-            lambda i: self.columns.decode(window[i][1]),
-            lambda i, error: self._report(*window[i], error),
+            lambda i: self.columns.decode(window[i].row),
+            lambda i, error: self._report(window[i], error),
             self.image_shape,
         )
 
-    def _report(self, number: int, example: Example, error: Exception) -> None:
-        digest = hashlib.sha256(self.columns.content(example)).hexdigest()
-        if digest not in self._unreadable:
-            name = self._unreadable[digest] = _example_name(self.where, number, example[self.columns.image])
-            report_unreadable(name, error, list(self._unreadable.values()), self.max_unreadable)
+    def _report(self, example: StreamExample, error: Exception) -> None:
+        epoch, number, row = example
+        if (epoch, number) not in self._unreadable:
+            name = self._unreadable[epoch, number] = _example_name(self.where, number, row[self.columns.image])
+            names = [name for (e, _), name in self._unreadable.items() if e == epoch]
+            report_unreadable(name, error, names, self.max_unreadable)
 
 
 def hugging_face(
@@ -173,18 +184,18 @@ def hugging_face(
     shape = (channels, size, size)
     name = f"{Path(path).name}-{config}" if config else Path(path).name
 
-    def identity(examples: Iterable[Example], length: int | None) -> str:
-        content = [str(length).encode(), *map(columns.content, examples)]
+    def identity(rows: Iterable[Row], length: int | None) -> str:
+        content = [str(length).encode(), *map(columns.content, rows)]
         return content_identity(name, split, shape, class_names, content)
 
     if isinstance(part, datasets.IterableDataset):
-        first = list(part.take(IDENTITY_EXAMPLES))
+        first = list(part.take(IDENTITY_ROWS))
         if not first:
             raise MezzotintError(f"{where} holds no images in its {split} split; choose another split or data set")
         return HubStream(part, columns, str(path), shape, identity(first, None), shuffle_buffer, max_unreadable)
 
     part = part.select(held_out(len(part), split, test_fraction))
-    some = np.linspace(0, len(part) - 1, num=min(IDENTITY_EXAMPLES, len(part)), dtype=int)
+    some = np.linspace(0, len(part) - 1, num=min(IDENTITY_ROWS, len(part)), dtype=int)
     return DecodedImages(
         HubPictures(part, columns, str(path)),
         image_shape=shape,
@@ -256,7 +267,8 @@ def _class_names(dataset: Any, column: str, where: str) -> tuple[str, ...]:
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
     if isinstance(dataset, datasets.Dataset) and str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        return tuple(str(label) for label in range(max(dataset[column]) + 1))
+        highest = max((label for label in dataset[column] if label is not None), default=-1)
+        return tuple(str(label) for label in range(highest + 1))
     raise MezzotintError(
         f"column {column!r} of {where} is {feature}, not labels; expected ClassLabel, or integers unless streaming, "
         "so set data.label_column to another column or data.labels=false"

@@ -44,13 +44,13 @@ def held_out(num_examples: int, split: str, test_fraction: float, stratify: np.n
     Always the same ones: scikit-learn's `train_test_split` with ``random_state=0``. With a fraction of 0 every example
     is in either split. Raises `MezzotintError` for a fraction outside [0, 1) or a split that would be empty.
     """
-    from sklearn.model_selection import train_test_split  # seconds to import
-
     if not 0 <= test_fraction < 1:
         raise MezzotintError(f"data.test_fraction is {test_fraction}; expected at least 0 and less than 1")
     everything = np.arange(num_examples)
     if test_fraction == 0:
         return everything
+    from sklearn.model_selection import train_test_split  # seconds to import
+
     try:
         train, test = train_test_split(everything, test_size=test_fraction, random_state=0, stratify=stratify)
     except ValueError:

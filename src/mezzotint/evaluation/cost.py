@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from mezzotint.pipeline import build_backbone
+from mezzotint.recipe import Recipe, resolve
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -42,3 +45,13 @@ def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         gmacs=counter.get_total_flops() / 2e9,
     )
+
+
+def recipe_cost(recipe: Recipe) -> Cost:
+    """The cost of a recipe's network; where the recipe leaves the number of classes to the data, these are read."""
+    if recipe.backbone.num_classes is None:
+        recipe = resolve(recipe, recipe.data.load("train"))
+    with torch.device("meta"):
+        backbone = build_backbone(recipe)
+        labels = torch.zeros(1, dtype=torch.int64) if recipe.backbone.num_classes else None
+        return cost(backbone, (torch.zeros(1, *recipe.latent_shape), torch.zeros(1), labels))

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 class Checkpoints:
-    """The folder of a run's training states, one sub-folder ``step-00001000`` each, in torch.distributed.checkpoint's format.
+    """The folder of a run's training states, one torch.distributed.checkpoint folder each, ``step-00001000``.
 
     A state is written beside its place and renamed into it with a manifest of its files' sizes, so a folder that has
     its name is whole unless someone cut it; one that was cut is passed over for the one before.
@@ -62,7 +62,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.world.barrier()
         try:
-            dcp.save(state, checkpoint_id=unfinished)
+            dcp.save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)
             if self.world.is_main:
                 self._finish(unfinished, place)
         except (OSError, MezzotintError, dcp.CheckpointException) as error:
@@ -91,4 +91,4 @@ class Checkpoints:
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fill the tensors of `state` from this step's files, in place."""
-        dcp.load(state, checkpoint_id=self.path(step))
+        dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)

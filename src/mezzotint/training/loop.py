@@ -26,7 +26,7 @@ from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for
-from mezzotint.recipe import Recipe, TrainingSettings, load_recipe
+from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.parallel import World, world
@@ -93,9 +93,7 @@ def train(
         if step:
             state = training_state(denoiser, optimizer, ema)
             checkpoints.load(step, state)
-            set_state_dict(
-                backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"]
-            )
+            set_state_dict(backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"])
             for average, saved in zip(ema.modules, state["ema"], strict=True):
                 average.load_state_dict(saved)
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
@@ -184,26 +182,6 @@ def train(
     return averaged
 
 
-def resolve(recipe: Recipe, dataset: ImageDataset | ImageStream) -> Recipe:
-    """The recipe with what only the data know filled in: the number of classes. Checks that the two fit."""
-    wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
-    if wanted and not has:
-        raise MezzotintError(
-            f"the recipe has {wanted} classes but the data set is unlabelled; set backbone.num_classes=0 to train "
-            "without classes."
-        )
-    if wanted and has > wanted:
-        raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
-    expected = (recipe.data.channels, recipe.data.size, recipe.data.size)
-    if dataset.image_shape != expected:
-        raise MezzotintError(
-            f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
-            "set data.size and data.channels."
-        )
-    backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
-    return recipe.model_copy(update={"backbone": backbone})
-
-
 def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
     """The recipe's training objective for this denoiser."""
     settings, path = recipe.objective, denoiser.interpolant
@@ -212,7 +190,9 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
     if times == "auto":
         times = "uniform" if path.num_steps is None else "discrete"
     if denoiser.learned_variance and times != "discrete":
-        raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}.")
+        raise MezzotintError(
+            f"a learned variance trains on whole steps: objective.times must be discrete, not {times}."
+        )
     return Objective(
         denoiser,
         weighting=weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma),
@@ -252,7 +232,13 @@ def _differences(old: Recipe, new: Recipe, run: Path) -> str:
 
     def fixed(recipe: Recipe) -> dict[str, Any]:
         return recipe.model_dump(
-            exclude={"training": MAY_CHANGE[0], "data": MAY_CHANGE[1], "sampling": True, "guidance": True, "description": True}  # type: ignore[dict-item]
+            exclude={
+                "training": MAY_CHANGE[0],
+                "data": MAY_CHANGE[1],
+                "sampling": True,
+                "guidance": True,
+                "description": True,
+            }  # type: ignore[dict-item]
         )
 
     before, after = _flat(fixed(old)), _flat(fixed(new))
@@ -412,7 +398,9 @@ class Log:
         self.bar.update(self.task, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} images/s")
         if not self.quiet and not console.is_terminal:
             left = (self.settings.steps - step) * self.settings.batch_size / speed
-            console.print(f"step {step}/{self.settings.steps}  loss {mean:.4f}  {speed:,.0f} images/s  {left:.0f} s left")
+            console.print(
+                f"step {step}/{self.settings.steps}  loss {mean:.4f}  {speed:,.0f} images/s  {left:.0f} s left"
+            )
 
     def scalar(self, step: int, name: str, value: float, **more: float) -> None:
         """One line of metrics.jsonl, each number also to TensorBoard."""

@@ -69,7 +69,9 @@ def choose_device(name: str = "auto") -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise MezzotintError(f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one.") from None
+        raise MezzotintError(
+            f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one."
+        ) from None
     return device
 
 
