@@ -68,6 +68,7 @@ def train(
     """
     from mezzotint.recipe import load_recipe
     from mezzotint.training import train as run_training
+    from mezzotint.training.parallel import is_main_process
 
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
@@ -76,7 +77,8 @@ def train(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: mezzotint train {recipe} --out {folder} --resume")
         raise typer.Exit(130) from None
-    console.print(f"trained {folder}; next: mezzotint sample {folder}")
+    if is_main_process():
+        console.print(f"trained {folder}; next: mezzotint sample {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -118,7 +120,7 @@ def sample(
     pipeline.recipe = recipe
     names = None if classes is None else [name for name in (part.strip() for part in classes.split(",")) if name]
     if names == []:
-        raise MezzotintError("--classes names no class; give names or numbers with commas between, or leave it out.")
+        raise MezzotintError("--classes names no class; give names or numbers with commas between, or leave it out")
     count = count or min(100, 10 * (len(names) if names else pipeline.denoiser.num_classes or 10))
     drawn = draw(
         pipeline, names, count, seed=seed, batch_size=batch_size, progress=True, trajectory=trajectory is not None
@@ -254,7 +256,7 @@ def _with_sampling(recipe: Any, overrides: list[str], **options: Any) -> Any:
     for override in overrides:
         if not override.startswith(("sampling.", "sampling=", "guidance.")):
             raise MezzotintError(
-                f"override {override!r} would change the trained model; only sampling and guidance can."
+                f"override {override!r} would change the trained model; only sampling and guidance can"
             )
     keys = {"sampler": "sampling.sampler", "steps": "sampling.steps", "guidance": "guidance.scale"}
     given = [f"{keys[key]}={json.dumps(value)}" for key, value in options.items() if value is not None]
@@ -267,7 +269,7 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
     try:
-        app()
+        app(prog_name="mezzotint")
     except MezzotintError as error:
         _fail(str(error))
     except OSError as error:

@@ -59,7 +59,8 @@ class Prediction:
         if self.variance is None:
             raise ValueError("this model has no learned variance")
         lower = step.lower if floor is None else torch.where(step.lower > 0, step.lower, floor)
-        return torch.lerp(lower.log(), step.upper.log(), (self.variance + 1) / 2)
+        low, high = lower.log(), step.upper.log()
+        return low + (high - low) * (self.variance + 1) / 2
 
 
 class Model(Protocol):
@@ -80,7 +81,7 @@ class Denoiser(nn.Module):
     """A backbone, and what its input time and its output mean.
 
     The backbone is called as backbone(x, network_time, y). Its output may have twice the input's channels: the second
-    half is the learned variance if `learned_variance`, and is dropped otherwise (as SiT does with DiT's doubled output).
+    half is the learned variance if `learned_variance`, and dropped otherwise (as SiT does with DiT's doubled output).
 
     network_time = scale·t + offset, with (scale, offset) = `time_input`: (1000, −1) is DiT's step index for a
     1,000-step schedule, (−1, 1) is SiT's reversed time.
@@ -97,10 +98,10 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         if target not in TARGETS:
-            raise MezzotintError(f"target {target!r} is unknown; known: {', '.join(TARGETS)}.")
+            raise MezzotintError(f"target {target!r} is unknown; known: {', '.join(TARGETS)}")
         if learned_variance and interpolant.num_steps is None:
             raise MezzotintError(
-                "a learned variance needs an interpolant with steps (ddpm, cosine): its bounds are those of one step."
+                "a learned variance needs an interpolant with steps (ddpm, cosine): its bounds are those of one step"
             )
         self.backbone = backbone
         self.interpolant = interpolant

@@ -13,5 +13,6 @@ class MezzotintError(Exception):
 def closest(word: str, known: Iterable[str]) -> str:
     """``"closest: a, b"`` for an unknown `word` among `known`, or all of them when nothing is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
+    near = [name for name in known if name.startswith(word)] if word else []
+    near = [*near, *(name for name in difflib.get_close_matches(word, known, n=3, cutoff=0.4) if name not in near)][:3]
     return f"closest: {', '.join(near)}" if near else f"known: {', '.join(known)}"

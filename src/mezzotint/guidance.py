@@ -32,7 +32,7 @@ class Guidance(Settings):
         low, high = interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
-                f"guidance.interval must be two times with 0 <= low <= high <= 1 (0 is data), got [{low}, {high}]."
+                f"guidance.interval must be two times with 0 <= low <= high <= 1 (0 is data), got [{low}, {high}]"
             )
         return interval
 
@@ -45,15 +45,15 @@ class ConditionalModel:
         guidance = guidance or Guidance()
         if guidance.scale != 1 and not denoiser.num_classes:
             raise MezzotintError(
-                f"guidance.scale {guidance.scale} needs a conditional model; this one has no classes (use scale 1)."
+                f"guidance.scale {guidance.scale} needs a conditional model; this one has no classes (use scale 1)"
             )
         if y is not None and denoiser.num_classes and ((y < 0) | (y > denoiser.num_classes)).any():
             raise MezzotintError(
-                f"class labels must lie in 0..{denoiser.num_classes - 1}, or {denoiser.num_classes} for the null class."
+                f"class labels must lie in 0..{denoiser.num_classes - 1}, or {denoiser.num_classes} for the null class"
             )
         channels = denoiser.in_shape[0]
         if guidance.channels is not None and guidance.channels > channels:
-            raise MezzotintError(f"guidance.channels is {guidance.channels}, but the model has {channels} channel(s).")
+            raise MezzotintError(f"guidance.channels is {guidance.channels}, but the model has {channels} channel(s)")
         self.denoiser = denoiser
         self.guidance = guidance
         self.y = y if denoiser.num_classes else None

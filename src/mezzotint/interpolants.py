@@ -25,14 +25,6 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
 
-class Norm(NamedTuple):
-    """A family's normalisation at (alpha, sigma), with its two partial derivatives."""
-
-    value: Tensor
-    by_alpha: Tensor
-    by_sigma: Tensor
-
-
 class Interpolant(ABC):
     """alpha(t) and sigma(t) on [0, 1]. A derivative that diverges at an end is returned as an infinity there."""
 
@@ -48,8 +40,11 @@ class Interpolant(ABC):
         """alpha, sigma, alpha', sigma' at t in [0, 1], in t's shape and dtype."""
 
     @abstractmethod
-    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
-        """What this family keeps at 1 (alpha + sigma, or √(alpha² + sigma²), or alpha), for any alpha and sigma."""
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        """This family's c with sigma / alpha multiplied by `root`, divided by what the family keeps at 1.
+
+        That is alpha + sigma, √(alpha² + sigma²) or alpha; knowing which, the quotient rule is one power of it.
+        """
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.at(t).alpha
@@ -77,15 +72,16 @@ class Interpolant(ABC):
 
 
 class _VariancePreserving(Interpolant):
-    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
-        length = torch.hypot(alpha, sigma)
-        return Norm(length, alpha / length, sigma / length)
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        norm = torch.hypot(c.alpha, root * c.sigma)
+        slope = root / norm**3
+        return Coefficients(c.alpha / norm, root * c.sigma / norm, root * slope * c.d_alpha, slope * c.d_sigma)
 
     @staticmethod
     def _from_log_alpha(log_alpha: Tensor, d_log_alpha: Tensor) -> Coefficients:
         # expm1 keeps sigma's relative precision near t = 0, where 1 − alpha² would cancel.
         alpha = log_alpha.exp()
-        sigma = (-torch.expm1(2 * log_alpha)).sqrt()
+        sigma = torch.expm1(2 * log_alpha).abs().sqrt()
         d_alpha = alpha * d_log_alpha
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
 
@@ -96,8 +92,10 @@ class Linear(Interpolant):
     def at(self, t: Tensor) -> Coefficients:
         return Coefficients(1 - t, t.clone(), torch.full_like(t, -1.0), torch.ones_like(t))
 
-    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
-        return Norm(alpha + sigma, torch.ones_like(alpha), torch.ones_like(sigma))
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        norm = c.alpha + root * c.sigma
+        slope = root / norm**2
+        return Coefficients(c.alpha / norm, root * c.sigma / norm, slope * c.d_alpha, slope * c.d_sigma)
 
 
 class GVP(_VariancePreserving):
@@ -115,7 +113,7 @@ class VP(_VariancePreserving):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min <= beta_max:
-            raise MezzotintError(f"vp needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}.")
+            raise MezzotintError(f"vp needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def at(self, t: Tensor) -> Coefficients:
@@ -136,7 +134,7 @@ class VarianceExploding(Interpolant):
 
     def __init__(self, sigma_max: float = math.sqrt(2)) -> None:
         if not sigma_max > 0:
-            raise MezzotintError(f"variance-exploding needs sigma_max > 0, got {sigma_max}.")
+            raise MezzotintError(f"variance-exploding needs sigma_max > 0, got {sigma_max}")
         self.sigma_max = self.prior_std = sigma_max
 
     def at(self, t: Tensor) -> Coefficients:
@@ -144,8 +142,8 @@ class VarianceExploding(Interpolant):
             torch.ones_like(t), self.sigma_max * t, torch.zeros_like(t), torch.full_like(t, self.sigma_max)
         )
 
-    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
-        return Norm(alpha, torch.ones_like(alpha), torch.zeros_like(sigma))
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        return Coefficients(c.alpha, root * c.sigma, c.d_alpha, root * c.d_sigma)
 
 
 class Discrete(_VariancePreserving):
@@ -153,13 +151,14 @@ class Discrete(_VariancePreserving):
 
     Step i (0-based, as networks number it) is t = (i + 1) / T, where alpha² is exactly ∏_{j ≤ i} (1 − β_j); t = 0 is
     clean data. Between steps log alpha² is interpolated linearly, which is the path of an SDE whose rate is constant
-    over each step: the schedule is continuous, and its derivative is the exact one of that path. sigma'(0) = +inf.
+    over each step: the schedule is continuous, and its derivative is the exact one of that path (at a step, that of the
+    interval which ends there). sigma'(0) = +inf.
     """
 
     def __init__(self, betas: Tensor) -> None:
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
-            raise MezzotintError("a discrete schedule needs a vector of betas, each strictly between 0 and 1.")
+            raise MezzotintError("a discrete schedule needs a vector of betas, each strictly between 0 and 1")
         self.num_steps = len(betas)
         self.t_min = 1 / len(betas)
         self.log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
@@ -168,7 +167,8 @@ class Discrete(_VariancePreserving):
         assert self.num_steps is not None
         table = self.log_alpha.to(t)
         position = t * self.num_steps
-        i = position.detach().floor().long().clamp(0, self.num_steps - 1)
+        # A step's time may round to either side of the step: shrunk by more than that rounding, it is never past it.
+        i = (position.detach() * (1 - 4 * torch.finfo(t.dtype).eps)).ceil().long().clamp(1, self.num_steps) - 1
         start, step = table[i], table[i + 1] - table[i]
         return self._from_log_alpha(start + (position - i) * step, step * self.num_steps)
 
@@ -176,6 +176,11 @@ class Discrete(_VariancePreserving):
 def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Tensor:
     """DDPM's linear betas (num_steps,), float64; for another number of steps the ends scale by 1000 / num_steps."""
     scale = 1000 / num_steps
+    if scale * beta_end >= 1:
+        raise MezzotintError(
+            f"linear betas scaled to {num_steps} steps reach {scale * beta_end:g}, and must stay below 1: "
+            f"use more than {math.floor(1000 * beta_end)} steps, or the cosine schedule"
+        )
     return torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64)
 
 
@@ -195,7 +200,7 @@ class SNRShift(Interpolant):
 
     def __init__(self, base: Interpolant, divisor: float) -> None:
         if not divisor > 0:
-            raise MezzotintError(f"an SNR shift divides the ratio by a number above 0, got {divisor}.")
+            raise MezzotintError(f"an SNR shift divides the ratio by a number above 0, got {divisor}")
         self.base, self.divisor = base, divisor
         self.num_steps, self.t_min = base.num_steps, base.t_min
         end = self.at(torch.ones((), dtype=torch.float64))
@@ -203,17 +208,10 @@ class SNRShift(Interpolant):
         self.prior_std = base.prior_std if end.alpha < 0.5 else end.sigma.item()
 
     def at(self, t: Tensor) -> Coefficients:
-        alpha, sigma, d_alpha, d_sigma = self.base.at(t)
-        root = math.sqrt(self.divisor)
-        sigma, d_sigma = root * sigma, root * d_sigma
-        norm = self.base.norm(alpha, sigma)
-        # Every norm is homogeneous of degree 1, so by Euler's theorem the quotient rule leaves only the turning of the
-        # direction (alpha, sigma): (alpha / n)' = −n_sigma·turn and (sigma / n)' = n_alpha·turn.
-        turn = (alpha * d_sigma - sigma * d_alpha) / norm.value**2
-        return Coefficients(alpha / norm.value, sigma / norm.value, -norm.by_sigma * turn, norm.by_alpha * turn)
+        return self.base.shifted(self.base.at(t), math.sqrt(self.divisor))
 
-    def norm(self, alpha: Tensor, sigma: Tensor) -> Norm:
-        return self.base.norm(alpha, sigma)
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        return self.base.shifted(c, root)
 
 
 class Transition(NamedTuple):
@@ -260,7 +258,7 @@ def interpolant(
     Raises `MezzotintError` for an unknown name or an option out of range.
     """
     if num_steps < 1:
-        raise MezzotintError(f"interpolant.num_steps must be at least 1, got {num_steps}.")
+        raise MezzotintError(f"interpolant.num_steps must be at least 1, got {num_steps}")
     makers = {
         "linear": Linear,
         "gvp": GVP,
@@ -271,7 +269,7 @@ def interpolant(
         "variance-exploding": lambda: VarianceExploding(sigma_max),
     }
     if name not in makers:
-        raise MezzotintError(f"interpolant {name!r} is unknown; {closest(name, makers)}.")
+        raise MezzotintError(f"interpolant {name!r} is unknown; {closest(name, makers)}")
     made: Interpolant = makers[name]()
     return made if snr_divisor == 1.0 else SNRShift(made, snr_divisor)
 

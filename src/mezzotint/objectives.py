@@ -16,7 +16,7 @@ from mezzotint.weightings import TimeDistribution, Weighting
 
 
 class Draw(NamedTuple):
-    """The random numbers of one training batch: t (B,), eps (B, C, H, W), drop (B,) bool (labels to replace by null)."""
+    """One training batch's random numbers: t (B,), eps (B, C, H, W), drop (B,) bool (labels to replace by null)."""
 
     t: Tensor
     eps: Tensor
@@ -100,7 +100,8 @@ def variational_bound(denoiser: Denoiser, prediction: Prediction, x: Tensor, t: 
     # Both means weigh x_t alike, so they differ by the data prediction's error alone.
     mean_error = step.from_data * (x - prediction.data.detach())
     kl = 0.5 * (
-        log_variance - true_log_variance
+        log_variance
+        - true_log_variance
         + (true_log_variance - log_variance).exp()
         + mean_error.square() * (-log_variance).exp()
         - 1
@@ -110,7 +111,7 @@ def variational_bound(denoiser: Denoiser, prediction: Prediction, x: Tensor, t: 
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log of the mass that N(mean, std²) gives to x's bin among 256 levels of [-1, 1], elementwise (Ho et al. 2020, eq. 13)."""
+    """log of the mass that N(mean, std²) gives to x's bin of 256 in [-1, 1], elementwise (Ho et al. 2020, eq. 13)."""
     centred, inverse_std = x - mean, (-log_std).exp()
     upper = _normal_cdf(inverse_std * (centred + 1 / 255))
     lower = _normal_cdf(inverse_std * (centred - 1 / 255))
@@ -133,4 +134,4 @@ def _column(values: Tensor, x: Tensor) -> Tensor:
 def require_labels(denoiser: Denoiser, y: Tensor | None) -> None:
     """Raise `MezzotintError` where a conditional model is to be trained on data without labels."""
     if denoiser.num_classes and y is None:
-        raise MezzotintError("a class-conditional model cannot train on unlabelled data; set backbone.num_classes=0.")
+        raise MezzotintError("a class-conditional model cannot train on unlabelled data; set backbone.num_classes=0")

@@ -45,7 +45,7 @@ class Pipeline:
         if settings.name == "pixels":
             return Pixels()
         if settings.path is None:
-            raise MezzotintError("representation.path must name the autoencoder's folder or hub model.")
+            raise MezzotintError("representation.path must name the autoencoder's folder or hub model")
         return KLAutoencoder(settings.path, scale=settings.scale, device=self.device)
 
 
@@ -94,12 +94,12 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
     """
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
-        raise MezzotintError(f"{run} is not a run folder: it has no recipe.yaml (train one with 'mezzotint train').")
+        raise MezzotintError(f"{run} is not a run folder: it has no recipe.yaml (train one with 'mezzotint train')")
     recipe = load_recipe(run)
     file = run / f"{weights}.safetensors"
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in run.glob("*.safetensors"))) or "none yet"
-        raise MezzotintError(f"run {run} has no weights {weights!r}; it has: {there}.")
+        raise MezzotintError(f"run {run} has no weights {weights!r}; it has: {there}")
     pipeline = build(recipe)
     tensors, metadata = read_tensors(file)
     load_tensors(pipeline.denoiser.backbone, tensors, str(file))
@@ -125,7 +125,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MezzotintError(
-            f"{path} is not a whole safetensors file ({error}); take another checkpoint or copy it again."
+            f"{path} is not a whole safetensors file ({error}); take another checkpoint or copy it again"
         ) from None
 
 
@@ -141,7 +141,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise MezzotintError(f"the tensors in {source} do not fit the network: {shown}.")
+        raise MezzotintError(f"the tensors in {source} do not fit the network: {shown}")
     module.load_state_dict(tensors)
 
 
@@ -176,9 +176,9 @@ def sample(
     Raises `MezzotintError` for an unknown class or option, or a combination that means nothing.
     """
     if count < 1:
-        raise MezzotintError(f"count must be at least 1, got {count}.")
+        raise MezzotintError(f"count must be at least 1, got {count}")
     if batch_size < 1:
-        raise MezzotintError(f"batch_size must be at least 1, got {batch_size}.")
+        raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
     sampler = Sampler.parse(recipe.sampling.model_dump() | options)
     if guidance is None:

@@ -53,7 +53,7 @@ class DataSettings(Settings):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in data.SOURCES:
-            raise ValueError(f"data set {name!r} is unknown; {closest(name, data.SOURCES)}.")
+            raise ValueError(f"data set {name!r} is unknown; {closest(name, data.SOURCES)}")
         return name
 
     def load(self, split: str = "train") -> data.ImageDataset | data.ImageStream:
@@ -64,7 +64,7 @@ class DataSettings(Settings):
             if key in takes:
                 options[key] = value
             elif value != type(self).model_fields[key].default:
-                raise MezzotintError(f"data.{key} means nothing for the data set {self.name!r}; leave it out.")
+                raise MezzotintError(f"data.{key} means nothing for the data set {self.name!r}; leave it out")
         return data.load(self.name, split, **options)
 
 
@@ -110,7 +110,7 @@ class BackboneSettings(Settings):
         if name == "dit":
             return values
         if name not in DIT_CONFIGS:
-            raise ValueError(f"backbone {name!r} is unknown; {closest(str(name), ['dit', *DIT_CONFIGS])}.")
+            raise ValueError(f"backbone {name!r} is unknown; {closest(str(name), ['dit', *DIT_CONFIGS])}")
         return DIT_CONFIGS[name] | {**values, "name": "dit"}
 
 
@@ -225,12 +225,12 @@ class Recipe(Settings):
         if height % patch:
             raise ValueError(
                 f"the input is {height} × {height}, which a patch of {patch} does not divide; "
-                "change backbone.patch_size or data.size."
+                "change backbone.patch_size or data.size"
             )
         if self.training.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} is not divisible by "
-                f"training.accumulate {self.training.accumulate}."
+                f"training.accumulate {self.training.accumulate}"
             )
         return self
 
@@ -242,7 +242,7 @@ class Recipe(Settings):
             return self.data.channels, size, size
         if size % self.representation.stride:
             raise ValueError(
-                f"data.size {size} is not divisible by the autoencoder's stride {self.representation.stride}."
+                f"data.size {size} is not divisible by the autoencoder's stride {self.representation.stride}"
             )
         return self.representation.channels, size // self.representation.stride, size // self.representation.stride
 
@@ -282,7 +282,7 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Re
     if wanted and not has:
         raise MezzotintError(
             f"the recipe has {wanted} classes but the data set is unlabelled; set backbone.num_classes=0 to train "
-            "without classes."
+            "without classes"
         )
     if wanted and has > wanted:
         raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
@@ -290,7 +290,7 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Re
     if dataset.image_shape != expected:
         raise MezzotintError(
             f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
-            "set data.size and data.channels."
+            "set data.size and data.channels"
         )
     backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
     return recipe.model_copy(update={"backbone": backbone})
@@ -306,18 +306,18 @@ def _read(source: str | Path) -> dict[str, Any]:
     elif str(source) in (names := recipe_names()):
         text = (resources.files("mezzotint.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") or "/" in str(source):
-        raise MezzotintError(f"there is no recipe file or run folder at {source}.")
+        raise MezzotintError(f"there is no recipe file or run folder at {source}")
     else:
         raise MezzotintError(
-            f"recipe {str(source)!r} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')."
+            f"recipe {str(source)!r} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')"
         )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise MezzotintError(f"{source} is not valid YAML: {problem}.") from None
+        raise MezzotintError(f"{source} is not valid YAML: {problem}") from None
     if not isinstance(values, dict):
-        raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values.")
+        raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values")
     base = values.pop("extends", None)
     values.setdefault("name", path.stem if path.is_file() else str(source))
     return _merge({} if base is None else _read(base), values)
@@ -351,11 +351,11 @@ def _override(text: str) -> dict[str, Any]:
     """One dotted ``key=value``, the value read as YAML, as a nested mapping."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise MezzotintError(f"override {text!r} is not of the form key=value, e.g. training.steps=1000.")
+        raise MezzotintError(f"override {text!r} is not of the form key=value, e.g. training.steps=1000")
     try:
         value = yaml.safe_load(written)
     except yaml.YAMLError:
-        raise MezzotintError(f"the value of override {text!r} is not valid YAML.") from None
+        raise MezzotintError(f"the value of override {text!r} is not valid YAML") from None
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]

@@ -30,13 +30,13 @@ def _sentence(root: type[BaseModel], error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or root.__name__
     if error["type"] == "extra_forbidden":
-        return f"key {key!r} is unknown; {closest(path[-1], _fields_at(root, path[:-1]))}."
+        return f"key {key!r} is unknown; {closest(path[-1], _fields_at(root, path[:-1]))}"
     if error["type"] == "missing":
-        return f"key {key!r} is missing; it has no default."
+        return f"key {key!r} is missing; it has no default"
     if "error" in (context := error.get("ctx", {})) and isinstance(context["error"], Exception):
         return str(context["error"])  # raised by a validator of ours, already a sentence
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} = {error['input']!r} is not valid: {message}."
+    return f"{key} = {error['input']!r} is not valid: {message}"
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:

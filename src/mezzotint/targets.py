@@ -1,7 +1,7 @@
 """Targets: what a network's output means.
 
-Every target is a row (a, b) that stands for a·x + b·eps. Together with x_t = alpha·x + sigma·eps a prediction of one is a
-2×2 linear system in (x, eps), so a single solve turns any prediction into any other; there are no pairwise formulas.
+Every target is a row (a, b) that stands for a·x + b·eps. Together with x_t = alpha·x + sigma·eps a prediction of one is
+a 2×2 linear system in (x, eps), so a single solve turns any prediction into any other; there are no pairwise formulas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 def row(target: Target, c: Coefficients) -> tuple[Tensor, Tensor]:
     """(a, b) such that the target is a·x + b·eps.
 
-    data x; noise eps; velocity alpha'·x + sigma'·eps (SiT); score −eps / sigma; v alpha·eps − sigma·x (Salimans and Ho 2022).
+    data x; noise eps; velocity alpha'·x + sigma'·eps (SiT); score −eps / sigma; v alpha·eps − sigma·x (Salimans and Ho
+    2022).
     """
     zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
     match target:
@@ -35,7 +36,7 @@ def row(target: Target, c: Coefficients) -> tuple[Tensor, Tensor]:
             return zero, -1 / c.sigma
         case "v":
             return -c.sigma, c.alpha
-    raise MezzotintError(f"target {target!r} is unknown; {closest(str(target), TARGETS)}.")
+    raise MezzotintError(f"target {target!r} is unknown; {closest(str(target), TARGETS)}")
 
 
 def true_value(target: Target, x: Tensor, eps: Tensor, c: Coefficients) -> Tensor:
@@ -76,7 +77,7 @@ def time_range(
     An end at which a factor diverges (a score at t = 0, data from noise where alpha = 0, ...) is moved inwards by eps.
     """
     if not 0 < eps < 0.5:
-        raise MezzotintError(f"the time margin eps must lie between 0 and 0.5, got {eps}.")
+        raise MezzotintError(f"the time margin eps must lie between 0 and 0.5, got {eps}")
     ends = interpolant.at(torch.tensor([0.0, 1.0], dtype=torch.float64))
     finite = torch.ones(2, dtype=torch.bool)
     for target in to:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.interpolants import Coefficients
-from mezzotint.targets import Target, conversion
+from mezzotint.interpolants import Coefficients, Interpolant
+from mezzotint.targets import Target, conversion, time_range
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ WEIGHTINGS: tuple[WeightingName, ...] = get_args(WeightingName)
 def weighting(name: str, *, min_snr_gamma: float = 5.0) -> Weighting:
     """A weighting by name, one of `WEIGHTINGS`.
 
-    - ``none``: 1 on the model's own target. ``noise``, ``data``, ``velocity``, ``v``: 1 on that quantity (SiT, section 3).
+    - ``none``: 1 on the model's own target. ``noise``, ``data``, ``velocity``, ``v``: 1 on that quantity (SiT, section
+      3); SiT's plain loss of a score model, ‖sigma·score + eps‖², is ``noise``.
     - ``likelihood``: lambda / sigma² on noise (SiT), which is ``vdm``: −½ SNR'(t) on data (Kingma et al. 2021).
     - ``min-snr``: min(SNR, gamma) on data (Hang et al. 2023). ``snr``: SNR on data, which is ``noise``.
     - ``alpha-squared``: alpha² on data, and ``inverse-variance``: 1 / (1 + sigma²) on data (l-DAE, sections 4.2-4.3).
@@ -83,10 +84,20 @@ def weighting(name: str, *, min_snr_gamma: float = 5.0) -> Weighting:
     quantities: tuple[Target, ...] = ("noise", "data", "velocity", "v")
     known |= {quantity: Weighting(quantity, lambda c: torch.ones_like(c.alpha)) for quantity in quantities}
     if name not in known:
-        raise MezzotintError(f"weighting {name!r} is unknown; {closest(name, WEIGHTINGS)}.")
+        raise MezzotintError(f"weighting {name!r} is unknown; {closest(name, WEIGHTINGS)}")
     if not min_snr_gamma > 0:
-        raise MezzotintError(f"objective.min_snr_gamma must be above 0, got {min_snr_gamma}.")
+        raise MezzotintError(f"objective.min_snr_gamma must be above 0, got {min_snr_gamma}")
     return known[name]
+
+
+def training_range(
+    interpolant: Interpolant, target: Target, weighting: Weighting, eps: float = 1e-5
+) -> tuple[float, float]:
+    """The largest [t_min, t_max] in [0, 1] on which the target and its weight are finite, by margins of eps."""
+    t_min, t_max = time_range(interpolant, target, (target,), eps)
+    ends = interpolant.at(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    finite = weighting.on(target, ends).isfinite()
+    return t_min if finite[0] else max(t_min, eps), t_max if finite[1] else min(t_max, 1 - eps)
 
 
 class TimeDistribution(ABC):
@@ -154,18 +165,18 @@ TIME_DISTRIBUTIONS = ("uniform", "discrete", "logit-normal")
 def time_distribution(
     name: str, *, t_min: float, t_max: float, num_steps: int | None, mean: float = 0.0, std: float = 1.0
 ) -> TimeDistribution:
-    """A distribution of training times by name, one of `TIME_DISTRIBUTIONS`, on the range that the mathematics allows."""
+    """A distribution of training times by name, of `TIME_DISTRIBUTIONS`, on [t_min, t_max] or the schedule's steps."""
     match name:
         case "uniform":
             return Uniform(t_min, t_max)
         case "logit-normal":
             if not std > 0:
-                raise MezzotintError(f"objective.time_std must be above 0, got {std}.")
+                raise MezzotintError(f"objective.time_std must be above 0, got {std}")
             return LogitNormal(mean, std, t_min, t_max)
         case "discrete":
             if num_steps is None:
                 raise MezzotintError(
-                    "objective.times 'discrete' needs an interpolant with steps (ddpm, cosine); use 'uniform' with this one."
+                    "objective.times 'discrete' needs an interpolant with steps (ddpm, cosine); use 'uniform' here"
                 )
             return DiscreteSteps(num_steps)
-    raise MezzotintError(f"objective.times {name!r} is unknown; {closest(name, TIME_DISTRIBUTIONS)}.")
+    raise MezzotintError(f"objective.times {name!r} is unknown; {closest(name, TIME_DISTRIBUTIONS)}")

@@ -16,7 +16,7 @@ def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: S
     Raises `MezzotintError` for a name or number that the model does not know.
     """
     if not num_classes:
-        raise MezzotintError("classes were given, but this model is unconditional; leave them out.")
+        raise MezzotintError("classes were given, but this model is unconditional; leave them out")
     numbers = {name.lower(): i for i, name in enumerate(class_names)} | {"null": num_classes}
     parsed = []
     for item in classes:
@@ -26,10 +26,10 @@ def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: S
         elif text.isdigit() and int(text) <= num_classes:
             parsed.append(int(text))
         elif text.lstrip("-").isdigit():
-            raise MezzotintError(f"class {text} is out of range; this model has classes 0 to {num_classes - 1}.")
+            raise MezzotintError(f"class {text} is out of range; this model has classes 0 to {num_classes - 1}")
         else:
             hint = closest(text, class_names) if class_names else f"this model has classes 0 to {num_classes - 1}"
-            raise MezzotintError(f"class {text!r} is unknown; {hint}.")
+            raise MezzotintError(f"class {text!r} is unknown; {hint}")
     return parsed
 
 

@@ -83,7 +83,7 @@ def real_images(settings: DataSettings, split: str) -> tuple[Tensor, Tensor | No
     """Up to 10,000 images uint8 (N, C, H, W) of a split, in a fixed random order, and their labels where it has any."""
     dataset = settings.load(split)
     if not isinstance(dataset, ImageDataset):
-        raise MezzotintError("a streamed data set cannot be evaluated against; set data.streaming=false.")
+        raise MezzotintError("a streamed data set cannot be evaluated against; set data.streaming=false")
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL]
     images, labels = zip(*(dataset[i] for i in chosen.tolist()), strict=True)
     return torch.stack(images), torch.tensor(labels) if dataset.class_names else None

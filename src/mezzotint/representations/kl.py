@@ -23,7 +23,7 @@ class KLAutoencoder:
             from diffusers import AutoencoderKL
         except ImportError:
             raise MezzotintError(
-                "representation 'kl' needs the package diffusers; install it with: pip install 'mezzotint[latent]'."
+                "representation 'kl' needs the package diffusers; install it with: pip install 'mezzotint[latent]'"
             ) from None
         try:
             self.network: Any = AutoencoderKL.from_pretrained(path)
@@ -31,7 +31,7 @@ class KLAutoencoder:
             where = "folder" if Path(path).exists() else "folder or hub model"
             raise MezzotintError(
                 f"no autoencoder could be read from the {where} {path!r} ({type(error).__name__}); download "
-                "stabilityai/sd-vae-ft-ema from the Hugging Face hub and set representation.path to its folder."
+                "stabilityai/sd-vae-ft-ema from the Hugging Face hub and set representation.path to its folder"
             ) from None
         self.network.requires_grad_(False).eval().to(device)
         self.scale = self.network.config.scaling_factor if scale is None else scale

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mezzotint.denoiser import Model
 from mezzotint.errors import MezzotintError, closest
+from mezzotint.interpolants import Interpolant
 from mezzotint.samplers import ddpm, multistep, ode, sde
 from mezzotint.samplers.noise import Generators, example_generators, randn
 from mezzotint.samplers.times import Spacing, respaced_times, time_grid
@@ -41,7 +42,7 @@ class Sampler(Settings):
     steps: int = Field(50, ge=1)
     """Number of steps, the last one included. For ode-dopri5, which chooses its own, the number of points reported."""
     spacing: Spacing = "uniform"
-    """Spacing of the times: uniform, quadratic, log-snr; or ddim (whole strides) for ddpm and ddim on discrete steps."""
+    """Spacing of the times: uniform, quadratic, log-snr; or ddim (whole strides) for ddpm, ddim on discrete steps."""
     eta: float = Field(0.0, ge=0, le=1)
     """ddim: 0 is deterministic, 1 has the ancestral variance."""
     variance: Literal["auto", "learned", "lower", "upper"] = "auto"
@@ -51,7 +52,8 @@ class Sampler(Settings):
     diffusion_scale: float = Field(1.0, ge=0)
     """sde: factor on w(t). SiT's public code defines its diffusion as w / 2: use 2 to reproduce its norm of 1."""
     last_step: sde.LastStep = "mean"
-    """sde: what replaces the last step: mean (drift only), tweedie (posterior mean), euler (ODE step) or none."""
+    """sde: what replaces the last step: mean (drift only), tweedie (posterior mean), euler (ODE step); none: the SDE is
+    followed as far as the score exists (t = eps)."""
     last_step_size: float = Field(0.04, gt=0, lt=1)
     """sde: size of the last step in t."""
     rtol: float = Field(1e-3, gt=0)
@@ -75,53 +77,63 @@ class Sampler(Settings):
     @classmethod
     def _known_sampler(cls, name: str) -> str:
         if name not in SAMPLERS:
-            raise ValueError(f"sampler {name!r} is unknown; {closest(name, SAMPLERS)}.")
+            raise ValueError(f"sampler {name!r} is unknown; {closest(name, SAMPLERS)}")
         return name
 
     @field_validator("diffusion")
     @classmethod
     def _known_diffusion(cls, name: str) -> str:
         if name not in sde.DIFFUSIONS:
-            raise ValueError(f"sde diffusion {name!r} is unknown; {closest(name, sde.DIFFUSIONS)}.")
+            raise ValueError(f"sde diffusion {name!r} is unknown; {closest(name, sde.DIFFUSIONS)}")
         return name
 
-    @property
-    def evaluations(self) -> int | None:
+    def evaluations(self, model: Model) -> int | None:
         """Network evaluations of one run (a guided evaluation counts once); None where the solver decides."""
         per_step = SAMPLERS[self.sampler]
         if per_step is None:
             return None
+        return per_step * (self.steps - 1) + 1 if self._own_last_step(model) else per_step * self.steps
+
+    def _own_last_step(self, model: Model) -> bool:
+        """Whether the step to t = 0 is one prediction of its own instead of a step of the solver."""
         if self.sampler in ("sde", "sde-heun"):
-            return per_step * (self.steps - 1) + (self.last_step != "none")
-        return per_step * self.steps
+            return self.last_step != "none"
+        # Where the velocity does not exist at 0, what is left there is the posterior mean.
+        return self.sampler.startswith("ode") and model.time_range("velocity", eps=self.eps)[0] > 0
 
     def times(self, model: Model) -> list[float]:
-        """The decreasing times that this sampler visits with this model, ending at 0 (or at its smallest usable t)."""
+        """The `steps` + 1 decreasing times of this sampler with this model; the last is 0, or where an SDE stops."""
         interpolant = model.interpolant
         if self.sampler in ("ddpm", "ddim", "dpm-solver++"):
-            t_min, t_max = model.time_range("data", "noise", eps=self.eps)
-            discrete = interpolant.num_steps is not None and self.spacing in ("uniform", "ddim")
-            if discrete:
-                assert interpolant.num_steps is not None
+            if interpolant.num_steps is not None and self.spacing in ("uniform", "ddim"):
                 return respaced_times(interpolant.num_steps, self.steps, self.spacing)
             # The last step jumps to t = 0 by the data prediction, so the model is never asked at 0 itself.
+            t_min, t_max = model.time_range("data", "noise", eps=self.eps)
             grid = time_grid(interpolant, self.steps, 0.0, t_max, self.spacing)
-            floor = max(t_min, self.eps if self.spacing == "log-snr" else 0.0)
-            return [max(t, floor) for t in grid[:-1]] + [0.0]
+            return grid if grid[-2] >= t_min else self._grid_and_zero(interpolant, t_min, t_max)
         if self.sampler in ("sde", "sde-heun"):
-            if self.steps < 2:
-                raise MezzotintError(f"sampling.steps must be at least 2 for {self.sampler} (the last is its own), got 1.")
             t_min, t_max = model.time_range("velocity", "score", eps=self.eps)
             if not sde.ReverseSDE(model, self.diffusion).w(t_max).isfinite():
                 t_max -= self.eps
-            last = max(self.last_step_size, t_min)
-            return [*time_grid(interpolant, self.steps - 1, last, t_max, self.spacing), 0.0]
-        t_min, t_max = model.time_range("velocity", eps=self.eps)
+            if self.last_step != "none":
+                t_min = max(self.last_step_size, t_min)
+        else:
+            t_min, t_max = model.time_range("velocity", eps=self.eps)
+        if self._own_last_step(model):
+            return self._grid_and_zero(interpolant, t_min, t_max)
         return time_grid(interpolant, self.steps, t_min, t_max, self.spacing)
+
+    def _grid_and_zero(self, interpolant: Interpolant, t_min: float, t_max: float) -> list[float]:
+        """`steps` − 1 steps to t_min, and a last one to 0."""
+        if self.steps < 2:
+            raise MezzotintError(
+                f"sampling.steps must be at least 2 for {self.sampler} with this model (the last is its own), got 1"
+            )
+        return [*time_grid(interpolant, self.steps - 1, t_min, t_max, self.spacing), 0.0]
 
     @torch.no_grad()
     def path(self, model: Model, x: Tensor, generator: Generators) -> Iterator[Tensor]:
-        """Walk from x ~ p(x_t) at t = times[0] (see `start`) to data; yields the state after every step.
+        """Walk from x ~ p(x_t) at t = times(model)[0] to data; yields the state after every step.
 
         Random numbers come from `generator`; one generator per example makes each example independent of its batch.
         """
@@ -132,7 +144,7 @@ class Sampler(Settings):
                 if variance == "auto":
                     variance = "learned" if model.learned_variance else "lower"
                 if variance == "learned" and not model.learned_variance:
-                    raise MezzotintError("sampling.variance is 'learned', but this model has none; use lower or upper.")
+                    raise MezzotintError("sampling.variance is 'learned', but this model has none; use lower or upper")
                 yield from ddpm.ddpm(model, x, times, generator=generator, variance=variance)
             case "ddim":
                 yield from ddpm.ddim(model, x, times, generator=generator, eta=self.eta)
@@ -153,6 +165,8 @@ class Sampler(Settings):
                 yield from self._ode(model, x, times)
 
     def _ode(self, model: Model, x: Tensor, times: list[float]) -> Iterator[Tensor]:
+        own_last, last = self._own_last_step(model), times[-2]
+        times = times[:-1] if own_last else times
         match self.sampler:
             case "ode-euler":
                 states = ode.euler(model, x, times)
@@ -165,5 +179,5 @@ class Sampler(Settings):
         for state in states:
             x = state
             yield x
-        if times[-1] > 0:  # the velocity does not exist at 0: what is left is the posterior mean
-            yield model(x, times[-1]).data
+        if own_last:
+            yield model(x, last).data

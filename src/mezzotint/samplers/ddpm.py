@@ -39,7 +39,7 @@ def ddpm(
 def ddim(
     model: Model, x: Tensor, times: Sequence[float], *, generator: Generators, eta: float = 0.0
 ) -> Iterator[Tensor]:
-    """DDIM (Song et al. 2021, equation 12): eta 0 is deterministic, eta 1 has the ancestral variance. Yields each x_s."""
+    """DDIM (Song et al. 2021, equation 12): eta 0 is deterministic, 1 has the ancestral variance. Yields each x_s."""
     for t, s in pairwise(times):
         prediction = model(x, t)
         then = model.interpolant.at(torch.tensor(s, dtype=torch.float64))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mezzotint.denoiser import Model
 from mezzotint.samplers.noise import Generators, randn_like
+from mezzotint.samplers.ode import integrate
 
 
 def log_likelihood(
@@ -29,8 +30,6 @@ def log_likelihood(
     (unbiased; average several calls); ``exact`` costs one backward pass per dimension. Where the velocity is singular
     at t = 0 the integral starts at eps, or at a discrete schedule's first step, with x standing for x_t there.
     """
-    from torchdiffeq import odeint
-
     if divergence == "hutchinson":
         if generator is None:
             raise ValueError("divergence='hutchinson' draws a random probe: pass a generator")
@@ -39,21 +38,19 @@ def log_likelihood(
         unit = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
         probes = unit.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
 
-    def flow(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def flow(t: float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x_t = state[0].detach().requires_grad_()
-            velocity = model(x_t, t.item()).velocity
+            velocity = model(x_t, t).velocity
             trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
             for probe in probes:
                 (product,) = torch.autograd.grad(velocity, x_t, probe, retain_graph=True)
                 trace = trace + (product * probe).flatten(1).sum(1)
         return velocity.detach(), trace
 
-    t_min, t_max = model.time_range("velocity", eps=eps)
-    grid = torch.tensor([t_min, t_max], dtype=torch.float64, device=x.device)
     start = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
     with torch.no_grad():
-        states, integrals = odeint(flow, start, grid, rtol=rtol, atol=atol, method="dopri5")
+        states, integrals = integrate(flow, start, model.time_range("velocity", eps=eps), rtol=rtol, atol=atol)
     std = model.interpolant.prior_std
     prior = -0.5 * (states[-1] / std).square() - math.log(std) - 0.5 * math.log(2 * math.pi)
     return prior.flatten(1).sum(1) + integrals[-1]

@@ -14,7 +14,11 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def randn(
-    shape: Sequence[int], generators: Generators, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    shape: Sequence[int],
+    generators: Generators,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal numbers of this shape, drawn on each generator's own device and moved to `device`."""
     if isinstance(generators, torch.Generator):

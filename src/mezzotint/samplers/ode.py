@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mezzotint.denoiser import Model
+
+State = TypeVar("State", Tensor, tuple[Tensor, Tensor])
 
 
 def euler(model: Model, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
@@ -47,10 +50,22 @@ def dopri5(
 
     The step is chosen for the batch as a whole, so a sample depends (within the tolerance) on its batch.
     """
+    yield from integrate(lambda t, state: model(state, t).velocity, x, times, rtol=rtol, atol=atol)[1:]
+
+
+def integrate(
+    slope: Callable[[float, State], State], start: State, times: Sequence[float], *, rtol: float, atol: float
+) -> State:
+    """Solve d state / dt = slope(t, state) by dopri5, asking no t outside `times`; the states at those, stacked."""
     from torchdiffeq import odeint
 
-    def velocity(t: Tensor, state: Tensor) -> Tensor:
-        return model(state, t.item()).velocity
+    low, high = sorted((times[0], times[-1]))
+    device = start.device if isinstance(start, Tensor) else start[0].device
+    grid = torch.tensor(times, dtype=torch.float64, device=device)
 
-    grid = torch.tensor(list(times), dtype=torch.float64, device=x.device)
-    yield from odeint(velocity, x, grid, rtol=rtol, atol=atol, method="dopri5")[1:]
+    # Left alone, the solver steps past the end, where a path may not exist, and interpolates back: step_t ends a step
+    # there. The clamp is for the trial evaluation that chooses its first step, and for float32's rounding of t.
+    def inside(t: Tensor, state: State) -> State:
+        return slope(min(max(t.item(), low), high), state)
+
+    return odeint(inside, start, grid, rtol=rtol, atol=atol, method="dopri5", options={"step_t": grid[-1:]})

@@ -56,13 +56,14 @@ def euler_maruyama(
     scale: float = 1.0,
     last_step: LastStep = "mean",
 ) -> Iterator[Tensor]:
-    """Euler-Maruyama, one evaluation a step; the step times[-2] → times[-1] is replaced by `last_step`."""
+    """Euler-Maruyama, one evaluation a step; the last is replaced by `last_step` (none: it is like the others)."""
     sde = ReverseSDE(model, diffusion, scale)
-    for t, s in pairwise(times[:-1]):
+    for t, s in pairwise(times if last_step == "none" else times[:-1]):
         h = t - s
         x = x - h * sde.drift(x, t) + (sde.w(t) * h).sqrt() * randn_like(x, generator)
         yield x
-    yield finish(sde, x, times[-2], times[-1], last_step)
+    if last_step != "none":
+        yield finish(sde, x, times[-2], times[-1], last_step)
 
 
 def stochastic_heun(
@@ -77,24 +78,22 @@ def stochastic_heun(
 ) -> Iterator[Tensor]:
     """SiT's stochastic Heun: add the step's noise, then one Heun step of the drift; two evaluations a step."""
     sde = ReverseSDE(model, diffusion, scale)
-    for t, s in pairwise(times[:-1]):
+    for t, s in pairwise(times if last_step == "none" else times[:-1]):
         h = t - s
         x = x + (sde.w(t) * h).sqrt() * randn_like(x, generator)
         k1 = sde.drift(x, t)
         k2 = sde.drift(x - h * k1, s)
         x = x - h / 2 * (k1 + k2)
         yield x
-    yield finish(sde, x, times[-2], times[-1], last_step)
+    if last_step != "none":
+        yield finish(sde, x, times[-2], times[-1], last_step)
 
 
 def finish(sde: ReverseSDE, x: Tensor, t: float, s: float, last_step: LastStep) -> Tensor:
-    """The last step, from t to s = 0, without noise (SiT, appendix): drift only, posterior mean, ODE step, or nothing."""
+    """The last step, from t to s = 0, without noise (SiT, appendix): drift only, posterior mean or ODE step."""
     match last_step:
-        case "mean":
-            return x - (t - s) * sde.drift(x, t)
         case "tweedie":
             return sde.model(x, t).data
         case "euler":
             return x - (t - s) * sde.model(x, t).velocity
-        case "none":
-            return x
+    return x - (t - s) * sde.drift(x, t)

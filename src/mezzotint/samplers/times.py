@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, repeat
 from typing import Literal
 
 import torch
@@ -15,9 +16,9 @@ SPACINGS: tuple[Spacing, ...] = ("uniform", "quadratic", "log-snr", "ddim")
 
 
 def time_grid(interpolant: Interpolant, steps: int, t_min: float, t_max: float, spacing: Spacing) -> list[float]:
-    """`steps` + 1 decreasing times from t_max to t_min. uniform: equal steps; quadratic: t ∝ k²; log-snr: equal log SNR."""
+    """`steps` + 1 decreasing times from t_max to t_min: equally spaced in t, in √t (quadratic) or in log SNR."""
     if steps < 1:
-        raise MezzotintError(f"sampling.steps must be at least 1, got {steps}.")
+        raise MezzotintError(f"sampling.steps must be at least 1, got {steps}")
     fraction = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     match spacing:
         case "uniform":
@@ -30,7 +31,7 @@ def time_grid(interpolant: Interpolant, steps: int, t_min: float, t_max: float, 
             ends = interpolant.log_snr(torch.tensor([high, low], dtype=torch.float64))
             times = time_of_log_snr(interpolant, torch.lerp(ends[0], ends[1], fraction), low, high)
         case "ddim":
-            raise MezzotintError("sampling.spacing 'ddim' is for ddpm and ddim on an interpolant with steps.")
+            raise MezzotintError("sampling.spacing 'ddim' is for ddpm and ddim on an interpolant with steps")
     times[0], times[-1] = t_max, t_min
     return times.tolist()
 
@@ -42,20 +43,24 @@ def respaced_times(num_steps: int, steps: int, spacing: Spacing = "uniform") -> 
     first one, n the stride that gives this count (improved DDPM's "ddim50").
     """
     if not 1 <= steps <= num_steps:
-        raise MezzotintError(f"sampling.steps must be 1 to {num_steps} (the schedule's own number), got {steps}.")
+        raise MezzotintError(f"sampling.steps must be 1 to {num_steps} (the schedule's own number), got {steps}")
     match spacing:
         case "uniform":
             stride = (num_steps - 1) / (steps - 1) if steps > 1 else 1.0
-            # One step alone must start from pure noise. Rounding is Python's, half to even, as in the official code.
-            kept = [round(k * stride) for k in range(steps)] if steps > 1 else [num_steps - 1]
+            # The stride is summed and rounded half to even, as in the official code: k·stride rounds differently at
+            # some counts. One step alone must start from pure noise (the official "1" keeps step 0).
+            kept = [round(k) for k in accumulate(repeat(stride, steps - 1), initial=0.0)]
+            kept = kept if steps > 1 else [num_steps - 1]
         case "ddim":
-            strides = [n for n in range(1, num_steps + 1) if len(range(0, num_steps, n)) == steps]
+            strides = [n for n in range(1, num_steps) if len(range(0, num_steps, n)) == steps]
             if not strides:
                 raise MezzotintError(
                     f"sampling.spacing 'ddim' cannot make exactly {steps} steps of {num_steps} with a whole stride; "
-                    "use spacing 'uniform' or another number of steps."
+                    "use spacing 'uniform' or another number of steps"
                 )
             kept = list(range(0, num_steps, strides[0]))
         case _:
-            raise MezzotintError(f"sampling.spacing {spacing!r} is not for a discrete schedule; use 'uniform' or 'ddim'.")
+            raise MezzotintError(
+                f"sampling.spacing {spacing!r} is not for a discrete schedule; use 'uniform' or 'ddim'"
+            )
     return [(i + 1) / num_steps for i in reversed(kept)] + [0.0]

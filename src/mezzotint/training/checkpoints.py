@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,8 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.world.barrier()
         try:
-            dcp.save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)
+            with _alone():
+                dcp.save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)
             if self.world.is_main:
                 self._finish(unfinished, place)
         except (OSError, MezzotintError, dcp.CheckpointException) as error:
@@ -72,7 +76,7 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise MezzotintError(
                 f"cannot write checkpoint {place}: {failure or 'another process failed'}; "
-                "the checkpoints before it are as they were. Free some space and continue with --resume."
+                "the checkpoints before it are as they were. Free some space and continue with --resume"
             )
         if self.world.is_main:
             for old in self.steps()[: -self.keep]:
@@ -91,4 +95,13 @@ class Checkpoints:
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fill the tensors of `state` from this step's files, in place."""
-        dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+        with _alone():
+            dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    # torch warns that a single process is a single process.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

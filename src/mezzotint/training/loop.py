@@ -60,7 +60,7 @@ def train(
         if settings.batch_size % (here.size * settings.accumulate):
             raise MezzotintError(
                 f"training.batch_size {settings.batch_size} is not divisible by {here.size} process(es) × "
-                f"{settings.accumulate} micro-batch(es)."
+                f"{settings.accumulate} micro-batch(es)"
             )
 
         # ---------------------------------------------------------------------------------- data, model, optimizer
@@ -191,7 +191,7 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
         times = "uniform" if path.num_steps is None else "discrete"
     if denoiser.learned_variance and times != "discrete":
         raise MezzotintError(
-            f"a learned variance trains on whole steps: objective.times must be discrete, not {times}."
+            f"a learned variance trains on whole steps: objective.times must be discrete, not {times}"
         )
     return Objective(
         denoiser,
@@ -216,15 +216,15 @@ def open_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
     problem = ""
     if here.is_main:
         if written.exists() and not resume:
-            problem = f"{run} already holds a run; continue it with --resume, or choose another --out."
+            problem = f"{run} already holds a run; continue it with --resume, or choose another --out"
         elif written.exists():
             problem = _differences(load_recipe(run), recipe, run)
         elif run.is_dir() and any(run.iterdir()):
-            problem = f"{run} is not empty and not a run folder; choose another --out."
+            problem = f"{run} is not empty and not a run folder; choose another --out"
         if not problem:
             write_text(written, recipe.to_yaml())
     if here.any(bool(problem)):
-        raise MezzotintError(problem or f"{run} cannot be used; see the first process's message.")
+        raise MezzotintError(problem or f"{run} cannot be used; see the first process's message")
 
 
 def _differences(old: Recipe, new: Recipe, run: Path) -> str:
@@ -249,7 +249,7 @@ def _differences(old: Recipe, new: Recipe, run: Path) -> str:
     if not changed:
         return ""
     shown = ", ".join(f"{key} ({before[key]} there, {after.get(key)} here)" for key in changed[:3])
-    return f"{run} belongs to another recipe: {shown}; use that run's recipe, or choose another --out."
+    return f"{run} belongs to another recipe: {shown}; use that run's recipe, or choose another --out"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _diverged(value: float, step: int, order: BatchOrder, checkpoints: Checkpoin
     good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
     return MezzotintError(
         f"the loss became {value} at step {step + 1} (examples {listed}); {good}. Lower training.lr, set "
-        "training.grad_clip, or look at those examples."
+        "training.grad_clip, or look at those examples"
     )
 
 

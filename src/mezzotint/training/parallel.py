@@ -56,6 +56,11 @@ class World:
             dist.barrier()
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """The device of this name; auto is this process's GPU where there is one, else the CPU.
 
@@ -70,7 +75,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise MezzotintError(
-            f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one."
+            f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one"
         ) from None
     return device
 

@@ -1,0 +1,32 @@
+"""What the tests share: a recipe small enough to train in a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mezzotint.recipe import Recipe, load_recipe
+
+TINY = (
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    "training.steps=6",
+    "training.batch_size=16",
+    "training.warmup_steps=0",
+    "training.lr_schedule=constant",
+    "training.checkpoint_every=2",
+    "training.log_every=2",
+    "sampling.steps=3",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    """The digits recipe, on its real data, with a network of a few thousand weights."""
+    return load_recipe("digits", TINY)

@@ -1,0 +1,141 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from mezzotint.cli import main
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, " ".join(err.split())
+
+
+@pytest.fixture
+def mezzotint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs ``mezzotint ARGUMENTS`` in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Result(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mezzotint import load_recipe, train
+
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    train(load_recipe("digits", TINY), folder, quiet=True)
+    return folder
+
+
+def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    assert mezzotint("train", "digits", *TINY, "--out", run).code == 0
+    drawn = mezzotint("sample", run, "--classes", "3, 8", "--count", 6, "--sampler", "ddim", "--steps", 4,
+                      "--guidance", 1.5, "--png", tmp_path / "png", "--npz", tmp_path / "s.npz",
+                      "--trajectory", tmp_path / "way.gif", "sampling.eta=0.5", "guidance.interval=[0.2,1]")  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    written = [run / "samples.png", tmp_path / "png", tmp_path / "s.npz", tmp_path / "way.gif"]
+    assert drawn.out.split() == list(map(str, written))
+    assert all(path.exists() for path in written)
+    assert len(list((tmp_path / "png").iterdir())) == 6
+    with Image.open(run / "samples.png") as grid:
+        assert grid.width > grid.height, "two rows, one a class, of three"
+    scored = mezzotint("evaluate", run, "--count", 100, "--guidance", 2)
+    assert scored.code == 0, scored.err
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["classifier_accuracy"] >= 0.97
+    assert 0 <= scores["class_agreement"] <= 1
+    assert scores["guidance"] == 2
+    assert scores["frechet"] > scores["frechet_real"] > 0
+    assert "Fréchet distance" in scored.out
+    assert "real data" in scored.out
+
+
+def test_the_same_command_writes_the_same_file(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("a.png", "b.png"):
+        assert mezzotint("sample", trained, "--out", tmp_path / name, "--count", 4).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_cost(mezzotint) -> None:  # type: ignore[no-untyped-def]
+    counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--json").out)
+    assert (counted["params"], counted["trainable_params"]) == (675_129_632, 674_834_720)
+    assert counted["gmacs"] == pytest.approx(118.64, rel=3e-3)
+    assert "33,148,160" in mezzotint("cost", "dit-s-8-256").out
+    assert json.loads(mezzotint("cost", "digits", "backbone=dit-s-2", "--json").out)["params"] > 32e6
+
+
+def test_recipes(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "dit-xl-2-512" in mezzotint("recipes").out
+    (tmp_path / "copy.yaml").write_text(mezzotint("recipes", "digits", "seed=5").out)
+    from mezzotint import load_recipe
+
+    assert load_recipe(tmp_path / "copy.yaml").seed == 5
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cost"], ["recipes"]])
+def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no-untyped-def]
+    shown = mezzotint(*command, "--help")
+    assert shown.code == 0
+    assert "Usage: mezzotint" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "digitz"], "recipe 'digitz' is unknown; closest: digits"),
+        (["train", "digits", "training.stps=3"], "key 'training.stps' is unknown; closest: steps"),
+        (["train", "digits", "training.lr=fast"], "training.lr = 'fast' is not valid"),
+        (["train", "digits", "backbone.patch_size=3"], "a patch of 3 does not divide"),
+        (["train", "digits", "data=folder:/nowhere/at/all"], "does not exist"),
+        (["train", "digits", "--device", "tpu9"], "device 'tpu9' is not available here"),
+        (["sample", "RUN", "--steps", "0"], "sampling.steps = 0 is not valid"),
+        (["sample", "RUN", "--classes", "eleven"], "class 'eleven' is unknown"),
+        (["sample", "RUN", "--classes", "11"], "class 11 is out of range"),
+        (["sample", "RUN", "--classes", ","], "--classes names no class"),
+        (["sample", "RUN", "--sampler", "dppm"], "sampler 'dppm' is unknown; closest: ddpm"),
+        (["sample", "RUN", "--guidance=-1"], "guidance.scale = -1.0 is not valid"),
+        (["sample", "RUN", "guidance.interval=[-1,1]"], "guidance.interval must be two times"),
+        (["sample", "RUN", "backbone.width=8"], "would change the trained model"),
+        (["sample", "RUN", "--weights", "best"], "has no weights 'best'; it has: model"),
+        (["sample", "/nowhere"], "/nowhere is not a run folder"),
+        (["sample", "RUN", "--out", "/proc/no.png"], "cannot write /proc/no.png"),
+        (["evaluate", "RUN", "--steps", "-1"], "sampling.steps = -1 is not valid"),
+        (["cost", "dit-xxl-2"], "recipe 'dit-xxl-2' is unknown; closest: dit-xl-"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(  # type: ignore[no-untyped-def]
+    mezzotint, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    result = mezzotint(*[str(trained) if argument == "RUN" else argument for argument in arguments])
+    assert result.code == 2
+    assert sentence in result.err
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert list(tmp_path.iterdir()) == [], "nothing was begun"
+
+
+def test_a_wrong_option_is_explained(mezzotint) -> None:  # type: ignore[no-untyped-def]
+    wrong = mezzotint("train", "digits", "--ouy", "x")
+    assert wrong.code == 2
+    assert "No such option" in wrong.err
+    assert "--out" in wrong.err

@@ -1,0 +1,346 @@
+"""The loop: what it computes, and that nothing is lost when it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+import mezzotint
+from mezzotint.errors import MezzotintError
+from mezzotint.recipe import Recipe, TrainingSettings, override_recipe
+from mezzotint.training import loop
+from mezzotint.training.checkpoints import Checkpoints
+from mezzotint.training.ema import EMA
+from mezzotint.training.parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def metrics(run: Path, key: str = "loss/train") -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture
+def whole(tiny: Recipe, tmp_path: Path) -> Path:
+    """An uninterrupted run of six steps."""
+    mezzotint.train(tiny, tmp_path / "whole", quiet=True)
+    return tmp_path / "whole"
+
+
+# ------------------------------------------------------------------------------------------------- what it computes
+
+
+def test_run_folder_holds_everything(whole: Path, tiny: Recipe) -> None:
+    saved = mezzotint.load_recipe(whole)
+    assert saved.backbone.num_classes == 10, "the resolved recipe names the number of classes"
+    assert saved.model_dump(exclude={"backbone"}) == tiny.model_dump(exclude={"backbone"})
+    assert Checkpoints(whole / "state", ALONE, 2).steps() == [4, 6], "older checkpoints are pruned"
+    assert list(metrics(whole)) == [2, 4, 6]
+    pipeline = mezzotint.load(whole)
+    assert pipeline.class_names == tuple("0123456789")
+    assert mezzotint.sample(pipeline, count=3).shape == (3, 1, 8, 8)
+
+
+def test_loss_falls(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = override_recipe(tiny, ["training.steps=150", "training.log_every=50", "training.lr=3e-3"])
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    losses = metrics(tmp_path / "run")
+    assert losses[150] < 0.8 * losses[50]
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
+    mezzotint.train(tiny, tmp_path / "again", quiet=True)
+    mezzotint.train(override_recipe(tiny, ["seed=1"]), tmp_path / "other", quiet=True)
+    assert_same_weights(whole, tmp_path / "again")
+    other = weights(tmp_path / "other")
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in weights(whole).items() if "embedder" in name)
+
+
+def test_accumulation_is_the_whole_batch(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
+    mezzotint.train(override_recipe(tiny, ["training.accumulate=4"]), tmp_path / "parts", quiet=True)
+    for step, loss in metrics(tmp_path / "parts").items():
+        assert loss == pytest.approx(metrics(whole)[step], rel=1e-4)
+
+
+def test_ema_is_the_weighted_sum_of_the_weights() -> None:
+    """After steps w1, w2 with decay d from w0: d²·w0 + d(1 − d)·w1 + (1 − d)·w2."""
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    values = [0.5, 2.0, -3.0]
+    module.weight.data.fill_(values[0])
+    ema = EMA(module, [0.9, 0.5])
+    for step, value in enumerate(values[1:], start=1):
+        module.weight.data.fill_(value)
+        ema.update(module, step)
+    for decay, average in zip(ema.decays, ema.modules, strict=True):
+        expected = decay**2 * values[0] + decay * (1 - decay) * values[1] + (1 - decay) * values[2]
+        assert average.weight.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_ema_warmup_caps_the_decay() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(0.0)
+    ema = EMA(module, [0.9999], warmup=True)
+    module.weight.data.fill_(11.0)
+    ema.update(module, 1)  # decay (1 + 1) / (10 + 1)
+    assert ema.modules[0].weight.item() == pytest.approx(9.0)
+
+
+def test_every_decay_has_its_file(tiny: Recipe, tmp_path: Path) -> None:
+    mezzotint.train(
+        override_recipe(tiny, ["training.ema=[0.5, 0.99]", "training.ema_warmup=false"]), tmp_path / "run", quiet=True
+    )
+    first, second = (mezzotint.load(tmp_path / "run", weights=name) for name in ("model", "model-ema-0.99"))
+    assert not torch.equal(
+        first.denoiser.backbone.x_embedder.proj.weight, second.denoiser.backbone.x_embedder.proj.weight
+    )  # type: ignore[union-attr,operator]
+    with pytest.raises(MezzotintError, match=r"no weights 'ema'.*it has: model, model-ema-0\.99"):
+        mezzotint.load(tmp_path / "run", weights="ema")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rate(schedule: str, expected: list[float]) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    settings = TrainingSettings.parse({"steps": 6, "lr": 1.0, "lr_schedule": schedule, "warmup_steps": 2})
+    rates = []
+    for step in range(6):
+        loop.set_lr(optimizer, settings, step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.precision=bf16"],
+        ["training.grad_clip=0.1", "training.weight_decay=0.01"],
+        ["data.flip=true", "objective.stratified=true", "objective.times=logit-normal"],
+        ["interpolant=ddpm", "target=noise", "variance=learned", "time_input=[1000,-1]", "sampling=ddpm"],
+        ["interpolant=cosine", "target=v", "objective.weighting=min-snr"],
+        ["interpolant=vp", "target=score", "objective.weighting=velocity"],
+        ["interpolant=variance-exploding", "target=data", "objective.weighting=inverse-variance"],
+        ["backbone.num_classes=0", "data.labels=false"],
+        ["variance=unused", "training.ema=[]"],
+        ["training.validate_every=3", "training.sample_every=3"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_word_trains_and_samples(tiny: Recipe, tmp_path: Path, overrides: list[str]) -> None:
+    run = tmp_path / "run"
+    mezzotint.train(override_recipe(tiny, overrides), run, quiet=True)
+    assert mezzotint.sample(mezzotint.load(run), count=2).isfinite().all()
+    assert all(loss > 0 for loss in metrics(run).values())
+    if "training.validate_every=3" in overrides:
+        assert list(metrics(run, "loss/validation")) == [3, 6]
+        assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
+
+
+def test_compiled_training_follows_eager(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
+    mezzotint.train(override_recipe(tiny, ["training.compile=true"]), tmp_path / "compiled", quiet=True)
+    for step, loss in metrics(tmp_path / "compiled").items():
+        assert loss == pytest.approx(metrics(whole)[step], rel=1e-3)
+    assert mezzotint.load(tmp_path / "compiled").denoiser.num_classes == 10
+
+
+# ------------------------------------------------------------------------------------------------- stop and go on
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(
+    tiny: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "stopped"
+    update = EMA.update
+
+    def interrupted_update(ema: EMA, module: torch.nn.Module, step: int) -> None:
+        update(ema, module, step)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", interrupted_update)
+        with pytest.raises(KeyboardInterrupt):
+            mezzotint.train(tiny, run, quiet=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the caller's handler is back"
+    assert Checkpoints(run / "state", ALONE, 2).latest() == 3
+    mezzotint.train(tiny, run, resume=True, quiet=True)
+    assert_same_weights(whole, run)
+    assert metrics(run)[6] == metrics(whole)[6]
+
+
+def test_kill_9_and_resume_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """A real process, killed without warning while it trains, twice; then continued to the end."""
+    command = [sys.executable, "-m", "mezzotint.cli", "train", "digits", *TINY, "training.steps=150", "data.flip=true"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(run: Path, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, "--out", str(run), *more],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+
+    states = Checkpoints(killed / "state", ALONE, 2)
+    for after, options in ((10, ()), (60, ("--resume",))):
+        process = start(killed, *options)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and (not states.steps() or states.steps()[-1] < after):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert states.latest() is not None
+        assert not (killed / "model.safetensors").exists() or mezzotint.load(killed)
+    assert start(killed, "--resume").wait() == 0
+    assert start(whole).wait() == 0
+    assert_same_weights(whole, killed)
+    assert metrics(killed)[150] == metrics(whole)[150]
+    assert list(metrics(killed)) == list(metrics(whole)), "no step is logged twice"
+
+
+def test_resume_goes_further(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "longer"
+    mezzotint.train(override_recipe(tiny, ["training.steps=4"]), run, quiet=True)
+    mezzotint.train(tiny, run, resume=True, quiet=True)
+    assert_same_weights(whole, run)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny: Recipe, whole: Path) -> None:
+    before = weights(whole)
+    mezzotint.train(tiny, whole, resume=True, quiet=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(whole).items())
+    assert list(metrics(whole)) == [2, 4, 6]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny: Recipe, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = Checkpoints(whole / "state", ALONE, 2).path(6)
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    before = weights(whole)
+    mezzotint.train(tiny, whole, resume=True, quiet=True)
+    assert "step-00000006 is damaged" in caplog.text
+    assert Checkpoints(whole / "state", ALONE, 2).latest() == 6
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_two_processes_give_the_loss_curve_of_one(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
+    """torchrun with gloo, the same global batch."""
+    run = tmp_path / "two"
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
+            "mezzotint.cli", "train", "digits", *TINY, "--out", str(run), "--device", "cpu",
+        ],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert metrics(run) == pytest.approx(metrics(whole), rel=1e-4)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(whole)[name], rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_a_non_finite_loss_names_step_examples_and_checkpoint(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    update = EMA.update
+
+    def poison(ema: EMA, module: torch.nn.Module, step: int) -> None:
+        update(ema, module, step)
+        if step == 4:
+            next(module.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(EMA, "update", poison)
+    with pytest.raises(MezzotintError, match=r"loss became nan at step 5 \(examples \d+(, \d+)+\); .*step-00000003"):
+        mezzotint.train(override_recipe(tiny, ["training.checkpoint_every=3"]), run, quiet=True)
+
+
+def test_a_non_finite_loss_is_never_saved(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = override_recipe(tiny, ["training.lr=1e30", "training.log_every=100", "training.checkpoint_every=3"])
+    with pytest.raises(MezzotintError, match="there is no checkpoint yet"):
+        mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_another_recipe_s_folder_is_left_alone(tiny: Recipe, whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(MezzotintError, match="already holds a run; continue it with --resume"):
+        mezzotint.train(tiny, whole, quiet=True)
+    with pytest.raises(MezzotintError, match=r"another recipe: backbone\.width \(16 there, 32 here\)"):
+        mezzotint.train(override_recipe(tiny, ["backbone.width=32"]), whole, resume=True, quiet=True)
+    decaying = override_recipe(tiny, ["training.lr_schedule=cosine", "training.steps=8"])
+    with pytest.raises(MezzotintError, match=r"training\.lr_schedule"):
+        mezzotint.train(decaying, whole, resume=True, quiet=True)
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_other_things_is_left_alone(tiny: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(MezzotintError, match="not empty and not a run folder"):
+        mezzotint.train(tiny, tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny: Recipe, tmp_path: Path) -> None:
+    """A real failing write: the process may not write files of more than 8 KiB."""
+    run = tmp_path / "run"
+    mezzotint.train(override_recipe(tiny, ["training.steps=2"]), run, quiet=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(MezzotintError, match=r"cannot write .*step-00000004.*as they were.*--resume"):
+            mezzotint.train(tiny, run, resume=True, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Checkpoints(run / "state", ALONE, 2).latest() == 2
+    assert mezzotint.load(run)
+    assert not list((run / "state").glob(".*")), "nothing half-written is left"
+    mezzotint.train(tiny, run, resume=True, quiet=True)
+
+
+def test_a_batch_that_cannot_be_shared(tiny: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match=r"batch_size 16 is not divisible by training\.accumulate 3"):
+        override_recipe(tiny, ["training.accumulate=3"])
+
+
+def test_labels_and_classes_must_fit(tiny: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match=r"the data set is unlabelled; set backbone\.num_classes=0"):
+        mezzotint.train(override_recipe(tiny, ["data.labels=false", "backbone.num_classes=10"]), tmp_path / "a")
+    with pytest.raises(MezzotintError, match=r"10 classes, more than backbone\.num_classes=3"):
+        mezzotint.train(override_recipe(tiny, ["backbone.num_classes=3"]), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
