@@ -63,7 +63,7 @@ def defined_loss(name: WeightingName, path: str, target: Target) -> Tensor:
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_weighting_is_its_definition_for_every_target(path: str, name: WeightingName, target: Target) -> None:
-    """weight × squared error of the network's own target equals the definition, to 1e-8, whatever the network predicts."""
+    """weight × squared error of whatever the network predicts equals the definition, to 1e-8."""
     c = at(PATHS[path], T)
     (x, eps), (x_hat, eps_hat) = pairs(path)
     squared = (quantity(target, x_hat, eps_hat, c) - quantity(target, x, eps, c)) ** 2
@@ -73,7 +73,7 @@ def test_weighting_is_its_definition_for_every_target(path: str, name: Weighting
 
 @paths
 def test_equivalences_of_the_papers(path: str) -> None:
-    """SiT: a noise or score model under `velocity` is a velocity model; Kingma et al.: likelihood = VDM; SNR = noise."""
+    """SiT: noise or score models under `velocity` are velocity models; Kingma et al.: likelihood = VDM, SNR = noise."""
     c = at(PATHS[path], T)
     for target in ("noise", "score"):
         (x, eps), (x_hat, eps_hat) = pairs(path)
@@ -91,7 +91,7 @@ def test_equivalences_of_the_papers(path: str) -> None:
 
 
 def test_min_snr_by_hand() -> None:
-    """Hang et al.: min(SNR, γ) on data; on noise min(1, γ / SNR); on v min(SNR, γ) / (SNR + 1) where alpha² + sigma² = 1."""
+    """Hang et al.: min(SNR, γ) on data, that / SNR on noise, min(SNR, γ) / (SNR + 1) on v (variance preserving)."""
     c = at(PATHS["gvp"], torch.tensor([0.1, 0.5, 0.9]))
     snr = 1 / torch.tan(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64) * math.pi / 2) ** 2
     for gamma in (1.0, 5.0):
@@ -167,7 +167,7 @@ def cdf(name: str, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", list(DISTRIBUTIONS))
 @pytest.mark.parametrize("stratified", [False, True])
 def test_times_have_their_distribution(name: str, stratified: bool) -> None:
-    """Kolmogorov-Smirnov: 20,000 times within 1.95 / √n of the distribution function (p = 0.001); stratified within 2 / n."""
+    """Kolmogorov-Smirnov: 20,000 times within 1.95 / √n of their law (p = 0.001); stratified ones within 2 / n."""
     n = 20000
     t = DISTRIBUTIONS[name].sample(n, torch.Generator().manual_seed(3), stratified=stratified)
     assert t.dtype == torch.float32
@@ -178,7 +178,7 @@ def test_times_have_their_distribution(name: str, stratified: bool) -> None:
 
 
 def test_stratified_marginal() -> None:
-    """Each single time of a stratified batch is uniform too: KS over 5,000 batches; and every stratum holds one time."""
+    """Each single time of a stratified batch is uniform too (KS, 5,000 batches), and every stratum holds one time."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([Uniform().sample(4, generator, stratified=True) for _ in range(5000)])
     assert ((draws.sort(1).values * 4).floor() == torch.arange(4)).all()

@@ -358,4 +358,4 @@ def _override(text: str) -> dict[str, Any]:
         raise MezzotintError(f"the value of override {text!r} is not valid YAML") from None
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value  # type: ignore[no-any-return]
+    return value

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mezzotint.errors import MezzotintError
 from mezzotint.files import write_text
@@ -66,10 +68,10 @@ class Checkpoints:
         self.world.barrier()
         try:
             with _alone():
-                dcp.save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)
+                save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)
             if self.world.is_main:
                 self._finish(unfinished, place)
-        except (OSError, MezzotintError, dcp.CheckpointException) as error:
+        except (OSError, MezzotintError, CheckpointException) as error:
             failure = " ".join(str(error).split())[:300]
         if self.world.any(bool(failure)):
             if self.world.is_main:
@@ -96,7 +98,7 @@ class Checkpoints:
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fill the tensors of `state` from this step's files, in place."""
         with _alone():
-            dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+            load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
 
 
 @contextmanager

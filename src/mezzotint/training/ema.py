@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 
-class EMA:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class EMA(Generic[Module]):
     """Copies of a module whose parameters follow it, one copy per decay.
 
     Each starts as the module itself (as in DiT, not at zero). With `warmup` a decay is capped at
     (1 + step) / (10 + step), so that a short run forgets its initial weights.
     """
 
-    def __init__(self, module: nn.Module, decays: Sequence[float], *, warmup: bool = False) -> None:
+    def __init__(self, module: Module, decays: Sequence[float], *, warmup: bool = False) -> None:
         self.decays = tuple(decays)
         self.warmup = warmup
-        self.modules = [copy.deepcopy(module).requires_grad_(False).eval() for _ in decays]
+        self.modules: list[Module] = [copy.deepcopy(module).requires_grad_(False).eval() for _ in decays]
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

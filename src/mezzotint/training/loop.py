@@ -72,7 +72,7 @@ def train(
         denoiser = pipeline.denoiser.train()
         representation = pipeline.representation
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
-        averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)  # type: ignore[arg-type]
+        averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
@@ -106,7 +106,7 @@ def train(
             for offset, value in enumerate(values):
                 if not math.isfinite(value):
                     raise _diverged(value, first + offset, order, checkpoints)
-            return values  # type: ignore[no-any-return]
+            return values
 
         def save(step: int) -> None:
             checkpoints.save(step, training_state(denoiser, optimizer, ema))
@@ -238,7 +238,7 @@ def _differences(old: Recipe, new: Recipe, run: Path) -> str:
                 "sampling": True,
                 "guidance": True,
                 "description": True,
-            }  # type: ignore[dict-item]
+            }
         )
 
     before, after = _flat(fixed(old)), _flat(fixed(new))
@@ -277,7 +277,7 @@ def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: i
         group["lr"] = settings.lr * scale
 
 
-def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
+def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EMA[Denoiser]) -> dict[str, Any]:
     """Everything that the next step depends on; data order and random numbers are functions of the step."""
     backbone, optimizer_state = get_state_dict(denoiser.backbone, optimizer)
     return {
@@ -287,12 +287,11 @@ def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EM
     }
 
 
-def export(denoiser: Denoiser, ema: EMA, run: Path, class_names: tuple[str, ...], step: int) -> None:
+def export(denoiser: Denoiser, ema: EMA[Denoiser], run: Path, class_names: tuple[str, ...], step: int) -> None:
     """Write model.safetensors (the first average, or the weights themselves without one) and the further averages."""
     metadata = {"step": str(step), "class_names": json.dumps(list(class_names))}
     save_weights(denoiser.backbone, run / "model.safetensors", metadata)
     for decay, average in list(zip(ema.decays, ema.modules, strict=True))[1:]:
-        assert isinstance(average, Denoiser)
         save_weights(average.backbone, run / f"model-ema-{decay}.safetensors", metadata)
 
 
