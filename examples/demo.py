@@ -14,7 +14,6 @@ STARTED = time.perf_counter()  # before the imports below, which a user waits fo
 
 import mezzotint  # noqa: E402
 from mezzotint.cli import print_scores  # noqa: E402
-from mezzotint.evaluation.scores import evaluate  # noqa: E402
 from mezzotint.files import write_text  # noqa: E402
 
 RUN = Path("runs/demo")
@@ -31,7 +30,7 @@ def main() -> None:
     images = mezzotint.sample(pipeline, count=100, guidance=GUIDANCE)
     mezzotint.save_grid(images, RUN / "samples.png", columns=10)
 
-    scores = evaluate(pipeline, count=1000, guidance=GUIDANCE, progress=True)
+    scores = mezzotint.evaluate(pipeline, count=1000, guidance=GUIDANCE, progress=True)
     scores |= {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - STARTED}
     print_scores(scores)
     write_text(RUN / "scores.json", json.dumps(scores, indent=2) + "\n")

@@ -115,7 +115,8 @@ def limit(sampler: Sampler, model: ExactModel) -> Tensor:
         return x - t * drift
 
     mean, std = marginal(model.data, c)
-    return torch.stack([last(mean), (last(mean + std) - last(mean)).abs()])
+    centre, there = last(torch.stack([mean, mean + std]))
+    return torch.stack([centre, (there - centre).abs()])
 
 
 def extrapolated_error(noise: Noise, settings: dict[str, Any], path: Interpolant, order: int) -> float:
@@ -131,17 +132,17 @@ def extrapolated_error(noise: Noise, settings: dict[str, Any], path: Interpolant
 
 # settings, order by which the error is extrapolated, tolerance on mean and standard deviation
 EXACT: dict[str, tuple[dict[str, Any], int, float]] = {
-    "ddpm-lower": ({"sampler": "ddpm", "steps": 40}, 1, 1e-2),
-    "ddpm-upper": ({"sampler": "ddpm", "steps": 40, "variance": "upper"}, 1, 1e-2),
-    "ddim": ({"sampler": "ddim", "steps": 40}, 1, 1e-2),
-    "ddim-0.6": ({"sampler": "ddim", "steps": 40, "eta": 0.6}, 1, 1e-2),
-    "ode-euler": ({"sampler": "ode-euler", "steps": 40}, 1, 5e-3),
-    "ode-heun": ({"sampler": "ode-heun", "steps": 30}, 2, 1e-3),
-    "ode-rk4": ({"sampler": "ode-rk4", "steps": 15}, 4, 1e-3),
-    "ode-dopri5": ({"sampler": "ode-dopri5", "steps": 2, "rtol": 1e-5, "atol": 1e-7}, 1, 1e-3),
-    "sde": ({"sampler": "sde", "steps": 40}, 1, 5e-3),
-    "sde-heun": ({"sampler": "sde-heun", "steps": 40}, 1, 5e-3),
-    "dpm-solver++": ({"sampler": "dpm-solver++", "steps": 30}, 2, 2e-3),
+    "ddpm-lower": ({"sampler": "ddpm", "steps": 25}, 1, 1e-2),
+    "ddpm-upper": ({"sampler": "ddpm", "steps": 25, "variance": "upper"}, 1, 1e-2),
+    "ddim": ({"sampler": "ddim", "steps": 25}, 1, 1e-2),
+    "ddim-0.6": ({"sampler": "ddim", "steps": 25, "eta": 0.6}, 1, 1e-2),
+    "ode-euler": ({"sampler": "ode-euler", "steps": 25}, 1, 5e-3),
+    "ode-heun": ({"sampler": "ode-heun", "steps": 20}, 2, 1e-3),
+    "ode-rk4": ({"sampler": "ode-rk4", "steps": 10}, 4, 1e-3),
+    "ode-dopri5": ({"sampler": "ode-dopri5", "steps": 2, "rtol": 1e-4, "atol": 1e-6}, 1, 1e-3),
+    "sde": ({"sampler": "sde", "steps": 25}, 1, 5e-3),
+    "sde-heun": ({"sampler": "sde-heun", "steps": 25}, 1, 5e-3),
+    "dpm-solver++": ({"sampler": "dpm-solver++", "steps": 25}, 2, 2e-3),
 }
 
 

@@ -6,29 +6,56 @@
 >>> mezzotint.save_grid(images, "digits.png")
 """
 
-from mezzotint.denoiser import Denoiser, Prediction
-from mezzotint.errors import MezzotintError
-from mezzotint.guidance import ConditionalModel, Guidance
-from mezzotint.images import save_grid
-from mezzotint.pipeline import Pipeline, build, load, sample
-from mezzotint.recipe import Recipe, load_recipe, recipe_names
-from mezzotint.samplers import Sampler
-from mezzotint.training import train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ConditionalModel",
-    "Denoiser",
-    "Guidance",
-    "MezzotintError",
-    "Pipeline",
-    "Prediction",
-    "Recipe",
-    "Sampler",
-    "build",
-    "load",
-    "load_recipe",
-    "recipe_names",
-    "sample",
-    "save_grid",
-    "train",
-]
+if TYPE_CHECKING:
+    from mezzotint.denoiser import Denoiser as Denoiser
+    from mezzotint.denoiser import Prediction as Prediction
+    from mezzotint.errors import MezzotintError as MezzotintError
+    from mezzotint.evaluation.scores import evaluate as evaluate
+    from mezzotint.guidance import ConditionalModel as ConditionalModel
+    from mezzotint.guidance import Guidance as Guidance
+    from mezzotint.images import save_grid as save_grid
+    from mezzotint.pipeline import Pipeline as Pipeline
+    from mezzotint.pipeline import build as build
+    from mezzotint.pipeline import load as load
+    from mezzotint.pipeline import sample as sample
+    from mezzotint.recipe import Recipe as Recipe
+    from mezzotint.recipe import load_recipe as load_recipe
+    from mezzotint.recipe import recipe_names as recipe_names
+    from mezzotint.samplers import Sampler as Sampler
+    from mezzotint.samplers.likelihood import log_likelihood as log_likelihood
+    from mezzotint.training import train as train
+
+# Where each public name lives. Each is imported when first used, so that `mezzotint --help` and shell completion need not
+# wait for torch.
+_HOMES = {
+    "ConditionalModel": "guidance",
+    "Denoiser": "denoiser",
+    "Guidance": "guidance",
+    "MezzotintError": "errors",
+    "Pipeline": "pipeline",
+    "Prediction": "denoiser",
+    "Recipe": "recipe",
+    "Sampler": "samplers",
+    "build": "pipeline",
+    "evaluate": "evaluation.scores",
+    "load": "pipeline",
+    "load_recipe": "recipe",
+    "log_likelihood": "samplers.likelihood",
+    "recipe_names": "recipe",
+    "sample": "pipeline",
+    "save_grid": "images",
+    "train": "training",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"mezzotint.{_HOMES[name]}"), name)
+    try:  # rooms, as in mezzotint.data
+        return import_module(f"mezzotint.{name}")
+    except ModuleNotFoundError:
+        raise AttributeError(f"module 'mezzotint' has no attribute {name!r}") from None

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.logging import RichHandler
 from rich.table import Table
@@ -276,7 +275,9 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'file'}: {error.strerror}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it here would slow down --help
+            raise
         _fail("the GPU is out of memory; lower training.batch_size or --batch-size, or raise training.accumulate.")
 
 

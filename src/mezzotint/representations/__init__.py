@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mezzotint.representations.kl import KLAutoencoder
@@ -16,6 +15,9 @@ __all__ = ["KLAutoencoder", "Pixels", "Representation"]
 class Representation(Protocol):
     """Images float32 (B, C, H, W) in [-1, 1] to x and back."""
 
-    def encode(self, images: Tensor, generator: torch.Generator) -> Tensor: ...
+    #: whether `encode` draws from a posterior, with eps ~ N(0, 1) of x's shape
+    stochastic: bool
+
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor: ...
 
     def decode(self, x: Tensor) -> Tensor: ...

@@ -14,6 +14,8 @@ from mezzotint.errors import MezzotintError
 class KLAutoencoder:
     """diffusers' AutoencoderKL from a local folder or the hub, frozen, in float32."""
 
+    stochastic = True
+
     def __init__(self, path: str, *, scale: float | None = None, device: torch.device | str = "cpu") -> None:
         """scale: factor on the latents; None takes the autoencoder's own (0.18215 for Stable Diffusion's).
 
@@ -37,10 +39,13 @@ class KLAutoencoder:
         self.scale = self.network.config.scaling_factor if scale is None else scale
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to a draw from the posterior, scaled: (B, channels, H/stride, W/stride)."""
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, channels, H/stride, W/stride).
+
+        With eps ~ N(0, 1) of the latents' shape a draw from the posterior, without it the posterior's mean.
+        """
         posterior = self.network.encode(images).latent_dist
-        return self.scale * posterior.sample(generator)
+        return self.scale * (posterior.mean if eps is None else posterior.mean + posterior.std * eps)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 class Pixels:
     """The identity: images in [-1, 1] are the data."""
 
-    def encode(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    stochastic = False
+
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """The images themselves."""
         return images
 
     def decode(self, x: Tensor) -> Tensor:

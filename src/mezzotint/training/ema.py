@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils.tensorboard import SummaryWriter
 
 from mezzotint.data import Batch, BatchOrder, ImageDataset, ImageStream, iterate_batches
 from mezzotint.denoiser import Denoiser
@@ -138,7 +137,11 @@ def train(
             images, labels = to_device(batch, here.device)
             if recipe.data.flip:
                 images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-            x = representation.encode(images, generator)
+            latent_eps = None
+            if representation.stochastic:
+                shape = (settings.batch_size, *denoiser.in_shape)
+                latent_eps = torch.randn(shape, generator=generator, device=here.device)[mine]
+            x = representation.encode(images, latent_eps)
 
             set_lr(optimizer, settings, step)
             loss = torch.zeros((), device=here.device)
@@ -190,9 +193,7 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
     if times == "auto":
         times = "uniform" if path.num_steps is None else "discrete"
     if denoiser.learned_variance and times != "discrete":
-        raise MezzotintError(
-            f"a learned variance trains on whole steps: objective.times must be discrete, not {times}"
-        )
+        raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}")
     return Objective(
         denoiser,
         weighting=weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma),
@@ -306,7 +307,7 @@ def validation_loss(recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | 
     for step, batch in enumerate(iterate_batches(dataset, order, start_step=0, stop_step=count // batch_size)):
         generator = generator_for(0, VALIDATION, step, device=pipeline.device)
         images, labels = to_device(batch, pipeline.device)
-        x = pipeline.representation.encode(images, generator)
+        x = pipeline.representation.encode(images)
         losses.append(objective(x, labels, objective.draw(len(x), generator))["loss"])
     return torch.cat(losses).mean().item()
 
@@ -355,6 +356,8 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.active:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
             self.folder.mkdir(parents=True, exist_ok=True)
             self._forget_later_steps()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step or None)
