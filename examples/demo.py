@@ -17,7 +17,7 @@ from mezzotint.cli import print_scores  # noqa: E402
 from mezzotint.files import write_text  # noqa: E402
 
 RUN = Path("runs/demo")
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 
 def main() -> None:

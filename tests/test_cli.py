@@ -54,12 +54,13 @@ def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: igno
     assert len(list((tmp_path / "png").iterdir())) == 6
     with Image.open(run / "samples.png") as grid:
         assert grid.width > grid.height, "two rows, one a class, of three"
-    scored = mezzotint("evaluate", run, "--count", 100, "--guidance", 2)
+    scored = mezzotint("evaluate", run, "--count", 100, "--guidance", 2, "--likelihood", 8)
     assert scored.code == 0, scored.err
     scores = json.loads((run / "scores.json").read_text())
     assert scores["classifier_accuracy"] >= 0.97
     assert 0 <= scores["class_agreement"] <= 1
     assert scores["guidance"] == 2
+    assert scores["bits_per_dim"] > 0
     assert scores["frechet"] > scores["frechet_real"] > 0
     assert "Fréchet distance" in scored.out
     assert "real data" in scored.out

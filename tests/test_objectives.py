@@ -289,7 +289,7 @@ def test_bound_weight() -> None:
 def test_bound_over_all_steps_bounds_the_likelihood() -> None:
     """The bound's T terms and the prior's, summed for an exact model, exceed −log p of Gaussian data, and not by much.
 
-    Monte Carlo over 4,000 draws of x (standard error 0.02 bits); a wrong factor or a missing step would break one of the two sides.
+    Monte Carlo over 4,000 draws of x (standard error 0.02 bits): a wrong factor or a missing step breaks one side.
     """
     path, data, n = interpolant("ddpm", num_steps=100), gaussian((0.1,), (0.2,)), 4000
     generator = torch.Generator().manual_seed(0)

@@ -63,7 +63,11 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_a_file_may_extend_a_recipe_and_take_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: digits\nbackbone: {depth: 7}\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
-    assert (recipe.name, recipe.backbone.depth, recipe.backbone.width) == ("mine", 7, load_recipe("digits").backbone.width)
+    assert (recipe.name, recipe.backbone.depth, recipe.backbone.width) == (
+        "mine",
+        7,
+        load_recipe("digits").backbone.width,
+    )
 
 
 @pytest.mark.parametrize(

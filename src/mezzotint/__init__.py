@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mezzotint.samplers.likelihood import log_likelihood as log_likelihood
     from mezzotint.training import train as train
 
-# Where each public name lives. Each is imported when first used, so that `mezzotint --help` and shell completion need not
-# wait for torch.
+# Where each public name lives. Each is imported when first used: `mezzotint --help` and shell completion need not wait
+# for torch.
 _HOMES = {
     "ConditionalModel": "guidance",
     "Denoiser": "denoiser",

@@ -153,6 +153,9 @@ def evaluate(
     sampler: Annotated[str | None, typer.Option(help="As for 'mezzotint sample'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Score a second set, guided by this scale.")] = None,
+    likelihood: Annotated[
+        int, typer.Option(min=0, help="Also the exact bits per dimension of so many held-out images (slow).")
+    ] = 0,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     weights: Weights = "model",
@@ -167,7 +170,15 @@ def evaluate(
 
     pipeline = load(run, weights=weights, device=choose_device(device))
     pipeline.recipe = _with_sampling(pipeline.recipe, overrides or [], sampler=sampler, steps=steps, guidance=None)
-    scores = score(pipeline, count=count, guidance=guidance, seed=seed, batch_size=batch_size, progress=True)
+    scores = score(
+        pipeline,
+        count=count,
+        guidance=guidance,
+        likelihood=likelihood,
+        seed=seed,
+        batch_size=batch_size,
+        progress=True,
+    )
     print_scores(scores)
     out = out or run / "scores.json"
     write_text(out, json.dumps(scores, indent=2) + "\n")
@@ -245,6 +256,9 @@ def print_scores(scores: dict[str, Any]) -> None:
         if any(cell is not None for cell in cells):
             factor, digits = (100, 1) if key == "class_agreement" else (1, 3)
             table.add_row(title, *("" if cell is None else f"{factor * cell:.{digits}f}" for cell in cells))
+    if "bits_per_dim" in scores:
+        title = "bits per dimension of held-out images"
+        table.add_row(title, f"{scores['bits_per_dim']:.3f} ± {scores['bits_per_dim_error']:.3f}")
     results.print(table)
 
 

@@ -50,7 +50,7 @@ class Sampler(Settings):
     diffusion: str = "sigma"
     """sde: the form of w(t): constant, sigma, linear, sbdm, sin2, increasing or decreasing."""
     diffusion_scale: float = Field(1.0, ge=0)
-    """sde: factor on w(t). SiT's public code defines its diffusion as w / 2: use 2 to reproduce its norm of 1."""
+    """sde: factor on w(t). SiT's public code defines its diffusion as w / 2: use 2 (sbdm: 1) for its norm of 1."""
     last_step: sde.LastStep = "mean"
     """sde: what replaces the last step: mean (drift only), tweedie (posterior mean), euler (ODE step); none: the SDE is
     followed as far as the score exists (t = eps)."""

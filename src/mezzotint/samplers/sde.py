@@ -16,7 +16,8 @@ from mezzotint.samplers.noise import Generators, randn_like
 
 LastStep = Literal["mean", "tweedie", "euler", "none"]
 
-#: w(t), before `scale`, from alpha, sigma, their derivatives and t. SiT's public code writes its "diffusion" as w / 2.
+#: w(t), before `scale`, from alpha, sigma, their derivatives and t. SiT's public code gives these names to w / 2 (but
+#: halves SBDM's, so that form is w here and there), in reversed time: its "decreasing" is `increasing` here.
 DIFFUSIONS: dict[str, Callable[[Coefficients, Tensor], Tensor]] = {
     "constant": lambda c, t: torch.ones_like(t),
     "sigma": lambda c, t: c.sigma,
