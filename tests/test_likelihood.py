@@ -35,13 +35,13 @@ def from_prior(path: str, target: Target) -> Tensor:
 
 @paths
 def test_gaussian(path: str) -> None:
-    """Exact divergence, every path, to 2e-4 nats; discrete ones, whose velocity jumps, to 2e-2 at rtol 1e-4.
+    """Exact divergence, every path, to 2e-4 nats; discrete ones, whose velocity jumps, to 2e-2 at rtol 3e-4.
 
     Where the path ends in pure noise and its velocity exists at 0, that is the data's own log density.
     """
     model = ConditionalModel(exact_denoiser(gaussian(), PATHS[path]))
     discrete = PATHS[path].num_steps is not None
-    settings = TIGHT | ({"rtol": 1e-4, "atol": 1e-4} if discrete else {})
+    settings = TIGHT | ({"rtol": 3e-4, "atol": 3e-4} if discrete else {})
     got = log_likelihood(model, X, eps=1e-4, **settings)
     torch.testing.assert_close(got, from_prior(path, "velocity"), rtol=0, atol=2e-2 if discrete else 2e-4)
     if path in ("linear", "gvp", "linear/4"):

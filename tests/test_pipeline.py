@@ -184,7 +184,7 @@ def test_files_hold_the_images(tmp_path: Path) -> None:
     assert [np.array(Image.open(path))[0, 0] for path in sorted((tmp_path / "png").iterdir())] == levels.tolist()
     output.save_grid(images, tmp_path / "grid.png", columns=2)
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (2 * 35 + 3 * 2, 2 * 35 + 3 * 2)  # 5 pixels are enlarged 7 times, with borders of 2
+        assert grid.size == (2 * 50 + 3 * 2, 2 * 50 + 3 * 2)  # 5 pixels are enlarged 10 times, with borders of 2
     output.save_animation(torch.stack([-images, images]), tmp_path / "way.gif", columns=2)
     with Image.open(tmp_path / "way.gif") as animation:
         assert animation.n_frames == 2  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ deviation away, and row 2 + k receives a unit of noise at draw k alone (`output_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -36,10 +37,19 @@ from mezzotint.samplers import SAMPLERS, Sampler, ddpm, example_generators, mult
 from mezzotint.samplers.times import respaced_times, time_grid
 from mezzotint.targets import TARGETS, Target
 
-#: every path, and one SNR shift of each normalisation
-paths = pytest.mark.parametrize("path", [name for name in PATHS if name not in ("vp/2", "linear-variance/0.5")])
+#: every interpolant, and one of the SNR shifts (whose alpha and sigma are proved with the others')
+WALKED = [name for name in PATHS if "/" not in name or name == "cosine/4"]
+paths = pytest.mark.parametrize("path", WALKED)
 UNUSED = torch.Generator()
 Noise = Callable[[Callable[[Tensor, int], Tensor]], None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _grids_once() -> Iterator[None]:
+    """Compute each grid of times once: those in log SNR are found by bisection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mezzotint.samplers.time_grid", cache(time_grid))
+        yield
 
 
 @pytest.fixture
@@ -64,6 +74,11 @@ def impulse(x: Tensor, draw: int) -> Tensor:
 def waves(x: Tensor, draw: int) -> Tensor:
     """Noise by formula, as in the runs of the official code."""
     return torch.cos(torch.arange(x.numel(), dtype=torch.float64) + draw + 1).reshape(x.shape)
+
+
+def named(settings: dict[str, Any]) -> str:
+    """A test's name from a sampler's settings."""
+    return "-".join(map(str, settings.values()))
 
 
 def final(sampler: Sampler, model: Model, x: Tensor) -> Tensor:
@@ -163,7 +178,7 @@ def test_every_target_takes_the_same_path(path: str, target: Target, name: str, 
 
     At the times of its own range. With the test above: every interpolant, target and sampler reproduces the data.
     """
-    data, steps = gaussian(), 2 if name == "ode-dopri5" else 4
+    data, steps = gaussian(), 2 if name == "ode-dopri5" else 3
     denoiser = ConditionalModel(exact_denoiser(data, PATHS[path], target))
     truth = ExactModel(data, PATHS[path], target)
     sampler = Sampler(sampler=name, steps=steps, eta=0.5, rtol=1e-2, atol=1e-4)
@@ -177,13 +192,12 @@ def test_every_target_takes_the_same_path(path: str, target: Target, name: str, 
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("diffusion", list(sde.DIFFUSIONS))
 @pytest.mark.parametrize("sampler", ["sde", "sde-heun"])
-def test_every_diffusion(path: str, diffusion: str, sampler: str, noise: Noise) -> None:
+def test_every_diffusion(diffusion: str, sampler: str, noise: Noise) -> None:
     """Whatever w(t), the SDE has the marginals of the flow, to where the score ends (last step none)."""
     settings = {"sampler": sampler, "steps": 30, "spacing": "log-snr", "diffusion": diffusion, "last_step": "none"}
-    assert extrapolated_error(noise, settings | {"diffusion_scale": 0.7}, PATHS[path], 1) < 1e-2
+    assert extrapolated_error(noise, settings | {"diffusion_scale": 0.7}, PATHS["linear"], 1) < 1e-2
 
 
 @paths
@@ -209,7 +223,7 @@ def test_every_last_step(path: str, last_step: str, name: str, noise: Noise) -> 
         torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
 
 
-SMOOTH = ["linear", "gvp", "vp", "linear-variance", "variance-exploding", "linear/4", "vp/2"]  # no kinks at steps
+SMOOTH = ["linear", "gvp", "vp", "variance-exploding", "linear/4"]  # no kinks at steps, no infinite slopes
 # solver, coarse number of steps, order
 ORDERS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "euler": (ode.euler, 32, 1),
@@ -286,7 +300,7 @@ def test_flow_of_a_mixture_keeps_quantiles(path: str, name: str) -> None:
     """In one dimension the flow maps quantile to quantile: F_0(x_0) = F_1(x_1), from a velocity network, to 1e-2."""
     data = two_bumps()
     model = ConditionalModel(exact_denoiser(data, PATHS[path], "v" if name == "dpm-solver++" else "velocity"))
-    sampler = Sampler(sampler=name, steps={"ode-rk4": 40, "ode-dopri5": 2}.get(name, 80), spacing="log-snr", rtol=1e-4)
+    sampler = Sampler(sampler=name, steps={"ode-rk4": 25, "ode-dopri5": 2}.get(name, 60), spacing="log-snr", rtol=1e-4)
     times = sampler.times(model)
     c = at(PATHS[path], times[0])
     x = torch.linspace(-2.2, 2.2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1) * c.sigma
@@ -305,6 +319,7 @@ def test_flow_of_a_mixture_keeps_quantiles(path: str, name: str) -> None:
         ("gvp", {"sampler": "sde-heun", "steps": 60, "last_step_size": 0.01, "diffusion": "sin2"}),
         ("vp", {"sampler": "dpm-solver++", "steps": 40, "spacing": "log-snr"}),
     ],
+    ids=["ddpm", "ddim", "sde", "sde-heun", "dpm-solver++"],
 )
 def test_samples_of_a_mixture(path: str, settings: dict[str, Any]) -> None:
     """4,000 samples: Kolmogorov-Smirnov distance below 0.045, mode weight 0.3 within 0.035 (5 standard errors)."""
@@ -462,7 +477,11 @@ SIT_SAMPLES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "settings", "expected"), SIT_SAMPLES)
+@pytest.mark.parametrize(
+    ("path", "settings", "expected"),
+    SIT_SAMPLES,
+    ids=[f"{path}-{named(settings)}" for path, settings, _ in SIT_SAMPLES],
+)
 def test_samples_of_official_sit(path: str, settings: dict[str, Any], expected: str, noise: Noise) -> None:
     """Whole runs of 10 steps with the same noises, to 1e-6: its diffusion norm of 1 is scale 2 here (SBDM: 1)."""
     noise(waves)
@@ -478,6 +497,7 @@ def test_samples_of_official_sit(path: str, settings: dict[str, Any], expected: 
         ("ode-heun", "-2.220728192 1.286159645 1.582466927 2.244812205 0.387422485 1.750584665"),
         ("ode-dopri5", "-2.220568882 1.291962091 1.587264105 2.246939694 0.39476173 1.754743812"),
     ],
+    ids=["euler", "heun", "dopri5"],
 )
 def test_vp_flow_of_official_sit(name: str, expected: str) -> None:
     """The official VP flow stops at t = 1e-3; here that is the state before the last step, which jumps to the data."""
@@ -570,7 +590,7 @@ DIT_SAMPLES: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "seven", "fifty"), DIT_SAMPLES)
+@pytest.mark.parametrize(("settings", "seven", "fifty"), DIT_SAMPLES, ids=[named(row[0]) for row in DIT_SAMPLES])
 def test_samples_of_official_dit(settings: dict[str, Any], seven: str, fifty: str, noise: Noise) -> None:
     """Whole ancestral and DDIM runs on respaced schedules with the same noises, to 1e-6."""
     for respacing, expected in (({"steps": 7}, seven), ({"steps": 50, "spacing": "ddim"}, fifty)):
@@ -791,9 +811,9 @@ def test_noise_of_one_generator() -> None:
 @pytest.mark.parametrize("name", list(SAMPLERS))
 @pytest.mark.parametrize("learned", [False, True])
 def test_float32(name: str, learned: bool, noise: Noise) -> None:
-    """Sampling in float32, as networks do, learned variance included: the dtype is kept, float64's result to 1e-4."""
+    """Sampling in float32, as networks do, learned variance included: the dtype is kept, float64's result to 1e-3."""
     denoiser = dit_denoiser() if learned else exact_denoiser(gaussian(), PATHS["linear"])
-    sampler = Sampler(sampler=name, steps=6, eta=0.3, rtol=1e-6, atol=1e-6)
+    sampler = Sampler(sampler=name, steps=6, eta=0.3, rtol=1e-4, atol=1e-4)
     outputs = []
     for dtype in (torch.float32, torch.float64):
         noise(waves)
@@ -801,4 +821,4 @@ def test_float32(name: str, learned: bool, noise: Noise) -> None:
         states = list(sampler.path(denoiser, x, UNUSED))
         assert all(state.dtype == dtype for state in states)
         outputs.append(states[-1].double())
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)

@@ -12,13 +12,13 @@ from mezzotint.data.transforms import to_uint8
 from mezzotint.files import atomic_path
 
 
-def grid_image(images: Tensor, columns: int, *, min_side: int = 32) -> Image.Image:
+def grid_image(images: Tensor, columns: int, *, min_side: int = 48) -> Image.Image:
     """Images (N, C, H, W) in [-1, 1] as one picture; tiny ones are enlarged, unsmoothed, to min_side pixels or more."""
     from torchvision.utils import make_grid  # seconds to import
 
     scale = max(1, -(-min_side // images.shape[-1]))
     pixels = to_uint8(images.cpu()).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 

@@ -140,8 +140,7 @@ class DiscreteSteps(TimeDistribution):
     num_steps: int
 
     def quantile(self, u: Tensor) -> Tensor:
-        # In float32 u·T can round up to T; the clamp keeps the last step the last.
-        return ((u * self.num_steps).floor().clamp(max=self.num_steps - 1) + 1) / self.num_steps
+        return ((u * self.num_steps).floor() + 1) / self.num_steps
 
 
 @dataclass(frozen=True)
