@@ -17,6 +17,8 @@ TINY = (
     "training.lr_schedule=constant",
     "training.checkpoint_every=2",
     "training.log_every=2",
+    "objective.times=auto",
+    "sampling=ode-heun",
     "sampling.steps=3",
 )
 

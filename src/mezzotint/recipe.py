@@ -145,7 +145,7 @@ class ObjectiveSettings(Settings):
     time_std: float = Field(1.0, gt=0)
     """logit-normal: standard deviation of logit t."""
     time_eps: float = Field(1e-5, gt=0, lt=0.5)
-    """Margin kept from an end of [0, 1] at which the target is singular."""
+    """Margin kept from an end of [0, 1] at which the target or its weight is singular."""
     stratified: bool = False
     """Spread a batch's times evenly over the distribution."""
     label_dropout: float = Field(0.1, ge=0, le=1)

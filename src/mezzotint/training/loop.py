@@ -29,7 +29,7 @@ from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.parallel import World, world
-from mezzotint.weightings import time_distribution, weighting
+from mezzotint.weightings import time_distribution, training_range, weighting
 
 #: what a resumed run may change: how long it goes on, and how often it reports; nothing that a weight depends on
 MAY_CHANGE = (
@@ -188,7 +188,8 @@ def train(
 def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
     """The recipe's training objective for this denoiser."""
     settings, path = recipe.objective, denoiser.interpolant
-    t_min, t_max = denoiser.time_range(eps=settings.time_eps)
+    weights = weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma)
+    t_min, t_max = training_range(path, denoiser.target, weights, settings.time_eps)
     times = settings.times
     if times == "auto":
         times = "uniform" if path.num_steps is None else "discrete"
@@ -196,7 +197,7 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
         raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}")
     return Objective(
         denoiser,
-        weighting=weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma),
+        weighting=weights,
         times=time_distribution(
             times,
             t_min=t_min,
