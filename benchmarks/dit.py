@@ -7,6 +7,8 @@ count multiply-adds (GMAC/s), as the papers do. `--write FILE` puts the tables i
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import platform
 import re
 import time
@@ -53,7 +55,9 @@ def peak_mebibytes(work: Callable[[], object], device: torch.device) -> float:
         work()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    gc.collect()
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier calls freed, or it would hide this one's need
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark VmHWM
         before = _status("VmRSS")
         work()

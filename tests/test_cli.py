@@ -44,9 +44,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
     assert mezzotint("train", "digits", *TINY, "--out", run).code == 0
-    drawn = mezzotint("sample", run, "--classes", "3, 8", "--count", 6, "--sampler", "ddim", "--steps", 4,
-                      "--guidance", 1.5, "--png", tmp_path / "png", "--npz", tmp_path / "s.npz",
-                      "--trajectory", tmp_path / "way.gif", "sampling.eta=0.5", "guidance.interval=[0.2,1]")  # fmt: skip
+    files = ["--png", tmp_path / "png", "--npz", tmp_path / "s.npz", "--trajectory", tmp_path / "way.gif"]
+    settings = ["--sampler", "ddim", "--steps", 4, "--guidance", 1.5, "sampling.eta=0.5", "guidance.interval=[0.2,1]"]
+    drawn = mezzotint("sample", run, "--classes", "3, 8", "--count", 6, *files, *settings)
     assert drawn.code == 0, drawn.err
     written = [run / "samples.png", tmp_path / "png", tmp_path / "s.npz", tmp_path / "way.gif"]
     assert drawn.out.split() == list(map(str, written))

@@ -232,11 +232,20 @@ def test_latent_model_trains_and_samples_through_the_autoencoder(
     recipe = mezzotint.load_recipe(
         "dit-xl-2-256",
         [
-            f"data=folder:{tmp_path / 'photos'}", "data.size=32", "data.workers=0",
-            f"representation.path={autoencoder}", "representation.scale=null", "backbone.width=16", "backbone.depth=1", "backbone.heads=2",
-            "backbone.num_classes=null", "training.batch_size=4", "training.steps=2", "sampling.steps=3",
+            f"data=folder:{tmp_path / 'photos'}",
+            "data.size=32",
+            "data.workers=0",
+            f"representation.path={autoencoder}",
+            "representation.scale=null",
+            "backbone.width=16",
+            "backbone.depth=1",
+            "backbone.heads=2",
+            "backbone.num_classes=null",
+            "training.batch_size=4",
+            "training.steps=2",
+            "sampling.steps=3",
         ],
-    )  # fmt: skip
+    )
     trained = mezzotint.train(recipe, tmp_path / "run", quiet=True, device="cpu")
     assert trained.recipe.latent_shape == (4, 4, 4)
     assert trained.representation.scale == 0.25

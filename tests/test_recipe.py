@@ -22,7 +22,7 @@ def test_every_published_configuration_has_a_recipe() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_hyper_parameters(name: str) -> None:
-    """Papers.md, sections 1 and 2: batch 256, constant 1e-4, no decay, no warm-up, EMA 0.9999, flips, 10 % drop-out."""
+    """The papers' training: batch 256, constant 1e-4, no decay, no warm-up, EMA 0.9999, flips, 10 % drop-out."""
     recipe = load_recipe(name)
     training = recipe.training
     assert (training.batch_size, training.lr, training.lr_schedule) == (256, 1e-4, "constant")

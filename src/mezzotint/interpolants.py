@@ -162,10 +162,14 @@ class Discrete(_VariancePreserving):
         self.num_steps = len(betas)
         self.t_min = 1 / len(betas)
         self.log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def at(self, t: Tensor) -> Coefficients:
         assert self.num_steps is not None
-        table = self.log_alpha.to(t)
+        key = (t.device, t.dtype)
+        if key not in self._tables:  # copied to a GPU once, not at every step
+            self._tables[key] = self.log_alpha.to(t)
+        table = self._tables[key]
         position = t * self.num_steps
         # A step's time may round to either side of the step: shrunk by more than that rounding, it is never past it.
         i = (position.detach() * (1 - 4 * torch.finfo(t.dtype).eps)).ceil().long().clamp(1, self.num_steps) - 1
@@ -194,7 +198,7 @@ def cosine_betas(num_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
 class SNRShift(Interpolant):
     """`base` with its signal-to-noise ratio divided by `divisor` at every t, in base's own normalisation.
 
-    MDM shifts a level s times larger per side by divisor = s**power (papers.md, section 4; Hoogeboom et al. 2023).
+    MDM shifts a level s times larger per side by divisor = s**power (Gu et al. 2023; Hoogeboom et al. 2023).
     For `Linear` it is the timestep shift of Stable Diffusion 3 with factor √divisor.
     """
 
