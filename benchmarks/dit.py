@@ -29,21 +29,50 @@ from mezzotint.training.parallel import choose_device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def seconds(work: Callable[[], object], device: torch.device, *, least: float = 1.0, repeats: int = 5) -> float:
-    """Median time of one call, after two warm-up calls, over at least `repeats` calls and `least` seconds."""
+def once(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, finished."""
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
-    def once() -> float:
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
 
-    once(), once()
-    times: list[float] = []
-    while len(times) < repeats or sum(times) < least:
-        times.append(once())
-    return sorted(times)[len(times) // 2]
+def median(values: list[float]) -> float:
+    """The middle value."""
+    return sorted(values)[len(values) // 2]
+
+
+class Yardstick:
+    """A large square matrix product on random data: what this machine can do, measured beside what it does.
+
+    Shared machines change speed by the second, so every work is timed between two fp32 products, and its speed is the
+    median, over such triples, of its multiply-adds per second over theirs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.n = 8192 if device.type == "cuda" else 2048
+        self.operands = {
+            name: tuple(torch.randn(self.n, self.n, device=device).to(dtype) for _ in range(2))
+            for name, dtype in DTYPES.items()
+        }
+        self.speeds = {name: self.time(lambda n=name: self.product(n), self.n**3 / 1e9)[1] for name in DTYPES}  # type: ignore[misc]
+        self.rate = self.n**3 / 1e9 / median([once(self.product, device) for _ in range(9)])
+
+    def product(self, dtype: str = "fp32") -> Tensor:
+        a, b = self.operands[dtype]
+        return a @ b
+
+    def time(self, work: Callable[[], object], gmacs: float, repeats: int = 7) -> tuple[float, float]:
+        """Median seconds of one call of `work`, after two warm-up calls, and its median speed in fp32 products."""
+        once(work, self.device), once(work, self.device)
+        times, speeds = [], []
+        for _ in range(repeats):
+            before, middle, after = (once(w, self.device) for w in (self.product, work, self.product))
+            times.append(middle)
+            speeds.append(gmacs / middle / (self.n**3 / 1e9) * (before + after) / 2)
+        return median(times), median(speeds)
 
 
 def peak_mebibytes(work: Callable[[], object], device: torch.device) -> float:
@@ -73,13 +102,6 @@ def _status(key: str) -> int:
     return int(found[1])
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GMAC/s of a large square matrix product on random data."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return n**3 / seconds(lambda: a @ b, device) / 1e9
-
-
 def machine(device: torch.device) -> str:
     """One line on what the figures were measured on."""
     if device.type == "cuda":
@@ -102,12 +124,12 @@ def table(title: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def network_table(rates: dict[str, float], device: torch.device, batch: int) -> str:
+def network_table(yardstick: Yardstick, device: torch.device, batch: int) -> str:
     """Forward and training step of DiT-S/2, by precision, eager and compiled."""
     recipe = mezzotint.load_recipe("dit-s-2-256")
     gmacs = recipe_cost(recipe).gmacs * batch
     rows = []
-    step_fp32_eager = 0.0
+    fp32_eager = 0.0
     for precision, dtype in DTYPES.items():
         for mode in ("eager", "compiled"):
             torch.manual_seed(0)
@@ -134,22 +156,22 @@ def network_table(rates: dict[str, float], device: torch.device, batch: int) -> 
                 optimizer.zero_grad(set_to_none=True)
 
             denoiser.eval()
-            forward_time = seconds(forward, device)
+            forward_time, forward_speed = yardstick.time(forward, gmacs)
             forward_memory = peak_mebibytes(forward, device)
             denoiser.train()
-            step_time = seconds(step, device)
+            step_time, step_speed = yardstick.time(step, 3 * gmacs, repeats=5)
             step_memory = peak_mebibytes(step, device)
-            step_fp32_eager = step_fp32_eager or step_time
+            fp32_eager = fp32_eager or step_speed
             rows.append(
                 [
                     f"{precision} {mode}",
                     f"{forward_time * 1e3 / batch:.1f} ms",
-                    f"{gmacs / forward_time / rates[precision]:.0%}",
+                    f"{forward_speed / yardstick.speeds[precision]:.0%}",
                     f"{forward_memory:.0f} MiB",
                     f"{step_time * 1e3 / batch:.1f} ms",
-                    f"{3 * gmacs / step_time / rates[precision]:.0%}",
+                    f"{step_speed / yardstick.speeds[precision]:.0%}",
                     f"{step_memory:.0f} MiB",
-                    f"{step_fp32_eager / step_time:.2f}×",
+                    f"{step_speed / fp32_eager:.2f}×",
                 ]
             )
             print(rows[-1], flush=True)
@@ -184,9 +206,13 @@ def sampling_table(device: torch.device, batch: int, steps: int = 5) -> str:
         "scale 4, 3 of 4 channels": Guidance(scale=4.0, channels=3),
         "scale 4, on t in [0.2, 0.8]": Guidance(scale=4.0, interval=(0.2, 0.8)),
     }
-    times = {name: seconds(lambda g=guidance: draw(g), device) for name, guidance in settings.items()}  # type: ignore[misc]
-    base = times["no guidance"]
-    rows = [[name, f"{time_ * 1e3 / batch / steps:.1f} ms", f"{time_ / base:.2f}×"] for name, time_ in times.items()]
+    times: dict[str, list[float]] = {name: [] for name in settings}
+    for _ in range(4):  # in turn, for the same reason as in Yardstick; the first round warms up
+        for name, guidance in settings.items():
+            times[name].append(once(lambda g=guidance: draw(g), device))  # type: ignore[misc]
+    base = median(times["no guidance"][1:])
+    middles = {name: median(values[1:]) for name, values in times.items()}
+    rows = [[name, f"{t * 1e3 / batch / steps:.1f} ms", f"{t / base:.2f}×"] for name, t in middles.items()]
     return table([f"DDPM, {steps} steps, batch {batch}, fp32 eager", "a step, per image", "against no guidance"], rows)
 
 
@@ -199,13 +225,14 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device(options.device)
     batch = options.batch or (128 if device.type == "cuda" else 8)
-    rates = {name: matmul_rate(dtype, device) for name, dtype in DTYPES.items()}
+    yardstick = Yardstick(device)
+    rates = [[name, f"{speed * yardstick.rate:,.1f} GMAC/s"] for name, speed in yardstick.speeds.items()]
     text = "\n".join(
         [
             f"Measured on {machine(device)}.\n",
-            table(["matrix product", "rate"], [[name, f"{rate:,.1f} GMAC/s"] for name, rate in rates.items()]),
-            network_table(rates, device, batch),
-            sampling_table(device, batch),
+            table(["matrix product", "rate"], rates),
+            network_table(yardstick, device, batch),
+            sampling_table(device, max(1, batch // 2)),
         ]
     )
     print(text)

@@ -338,6 +338,12 @@ def test_a_batch_that_cannot_be_shared(tiny: Recipe, tmp_path: Path) -> None:
         override_recipe(tiny, ["training.accumulate=3"])
 
 
+def test_a_combination_that_means_nothing_leaves_no_folder(tiny: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match="'discrete' needs an interpolant with steps"):
+        mezzotint.train(override_recipe(tiny, ["objective.times=discrete"]), tmp_path / "run", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels_and_classes_must_fit(tiny: Recipe, tmp_path: Path) -> None:
     with pytest.raises(MezzotintError, match=r"the data set is unlabelled; set backbone\.num_classes=0"):
         mezzotint.train(override_recipe(tiny, ["data.labels=false", "backbone.num_classes=10"]), tmp_path / "a")

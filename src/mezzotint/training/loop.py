@@ -66,12 +66,13 @@ def train(
         train_set = recipe.data.load("train")
         test_set = recipe.data.load("test") if settings.validate_every else None
         recipe = resolve(recipe, train_set)
-        open_run(run, recipe, resume, here)
+        check_run(run, recipe, resume, here)
         pipeline = build(recipe, class_names=train_set.class_names, device=here.device)
         denoiser = pipeline.denoiser.train()
         representation = pipeline.representation
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
         averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)
+        averaged.representation = representation  # an autoencoder need not be in memory twice
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
@@ -87,6 +88,8 @@ def train(
         autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
         # -------------------------------------------------------------------------------------------------- resume
+        if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
+            write_text(run / "recipe.yaml", recipe.to_yaml())
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
         step = (checkpoints.latest() or 0) if resume else 0
         if step:
@@ -212,8 +215,8 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
     )
 
 
-def open_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
-    """Make the run folder, or check that the one that is there belongs to this recipe."""
+def check_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
+    """Raise `MezzotintError`, on every process, unless the run folder is new, or to be resumed and of this recipe."""
     written = run / "recipe.yaml"
     problem = ""
     if here.is_main:
@@ -223,8 +226,6 @@ def open_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
             problem = _differences(load_recipe(run), recipe, run)
         elif run.is_dir() and any(run.iterdir()):
             problem = f"{run} is not empty and not a run folder; choose another --out"
-        if not problem:
-            write_text(written, recipe.to_yaml())
     if here.any(bool(problem)):
         raise MezzotintError(problem or f"{run} cannot be used; see the first process's message")
 

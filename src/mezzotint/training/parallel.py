@@ -32,7 +32,7 @@ class World:
         if self.size == 1:
             return module
         on_gpu = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=on_gpu)
+        return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over all processes."""
