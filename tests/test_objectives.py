@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from mezzotint.denoiser import Denoiser
-from mezzotint.errors import MezzotintError
 from mezzotint.interpolants import interpolant
-from mezzotint.objectives import Draw, Objective, discretised_log_likelihood, require_labels, variational_bound
+from mezzotint.objectives import Draw, Objective, discretised_log_likelihood, variational_bound
 from mezzotint.targets import TARGETS, Target
 from mezzotint.weightings import DiscreteSteps, Uniform, weighting
 
@@ -176,13 +175,6 @@ def test_unconditional_models_have_no_labels_to_drop() -> None:
     assert not draw.drop.any()
     made(torch.zeros(4, 1, 1, 2), None, draw)
     assert network.labels is None
-
-
-def test_conditional_models_need_labels() -> None:
-    with pytest.raises(MezzotintError, match="cannot train on unlabelled data"):
-        require_labels(Denoiser(Recorder(10), PATHS["linear"]), None)
-    require_labels(Denoiser(Recorder(10), PATHS["linear"]), torch.tensor([1]))
-    require_labels(Denoiser(Recorder(0), PATHS["linear"]), None)
 
 
 # ------------------------------------------------------------------------------------------------ the learned variance

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.denoiser import Denoiser, Prediction
-from mezzotint.errors import MezzotintError
 from mezzotint.interpolants import transition
 from mezzotint.targets import true_value
 from mezzotint.weightings import TimeDistribution, Weighting
@@ -129,9 +128,3 @@ def _column(values: Tensor, x: Tensor) -> Tensor:
     """(B,) → (B, 1, ...) to broadcast against x, in x's dtype unless boolean."""
     values = values.reshape(-1, *[1] * (x.ndim - 1))
     return values if values.dtype == torch.bool else values.to(x.dtype)
-
-
-def require_labels(denoiser: Denoiser, y: Tensor | None) -> None:
-    """Raise `MezzotintError` where a conditional model is to be trained on data without labels."""
-    if denoiser.num_classes and y is None:
-        raise MezzotintError("a class-conditional model cannot train on unlabelled data; set backbone.num_classes=0")

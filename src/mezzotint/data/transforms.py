@@ -35,10 +35,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors each of `images` (B, ..., W) left to right with probability 1/2, drawn from `generator`."""
-    flip = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
-    return torch.where(flip.to(images.device).view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
+def flip(images: Tensor, which: Tensor) -> Tensor:
+    """Mirrors those of `images` (B, ..., W) left to right for which `which` (B,) is true."""
+    return torch.where(which.view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
 
 
 def adm_center_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mezzotint.data import Batch, BatchOrder, ImageDataset, ImageStream, iterate_batches
+from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.files import write_text
@@ -139,7 +140,7 @@ def train(
             draw = objective.draw(settings.batch_size, generator).rows(mine)
             images, labels = to_device(batch, here.device)
             if recipe.data.flip:
-                images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+                images = flip(images, flips)
             latent_eps = None
             if representation.stochastic:
                 shape = (settings.batch_size, *denoiser.in_shape)
