@@ -76,20 +76,22 @@ def evaluate(
             scores[f"class_agreement{suffix}"] = classifier.agreement(pixels, labels)
         scores |= _distances(real, features(pixels), suffix)
     if likelihood:
-        scores |= held_out_bits_per_dim(pipeline, count=likelihood, seed=seed, batch_size=batch_size)
+        some = slice(likelihood)
+        some_labels = None if held_out_labels is None else held_out_labels[some]
+        scores |= mean_bits_per_dim(pipeline, held_out[some], some_labels, seed=seed, batch_size=batch_size)
     return scores
 
 
-def held_out_bits_per_dim(pipeline: Pipeline, *, count: int, seed: int = 0, batch_size: int = 256) -> dict[str, float]:
-    """Mean bits per dimension, and its standard error, of `count` held-out images with their labels.
+def mean_bits_per_dim(
+    pipeline: Pipeline, images: Tensor, labels: Tensor | None, *, seed: int = 0, batch_size: int = 256
+) -> dict[str, float]:
+    """Mean bits per dimension, and its standard error, of images uint8 (N, C, H, W) given their labels (N,).
 
     Images are uniformly dequantised and their density found through the probability-flow ODE with one Hutchinson probe
     each (`log_likelihood`). Raises `MezzotintError` for a latent model: a density of latents is not one of images.
     """
     if pipeline.recipe.representation.name != "pixels":
         raise MezzotintError("bits per dimension are those of pixels; this model's data are latents of an autoencoder")
-    images, labels = (None if part is None else part[:count] for part in real_images(pipeline.recipe.data, "test"))
-    assert images is not None
     bits = []
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)
