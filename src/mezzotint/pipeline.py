@@ -63,6 +63,7 @@ def build_backbone(recipe: Recipe) -> nn.Module:
         mlp_ratio=settings.mlp_ratio,
         num_classes=settings.num_classes or 0,
         conditioning=settings.conditioning,
+        freq_shift=settings.freq_shift,
     )
 
 

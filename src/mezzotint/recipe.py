@@ -100,6 +100,8 @@ class BackboneSettings(Settings):
     """Hidden width of a block's MLP over width."""
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
     """How time and class enter (DiT, section 3.2)."""
+    freq_shift: Literal[0, 1] = 0
+    """The time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers' DiT."""
     num_classes: int | None = Field(None, ge=0)
     """Number of classes; 0 is unconditional. None: as many as the data set has (a saved recipe holds the number)."""
 

@@ -39,6 +39,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
         conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero",
+        freq_shift: int = 0,
     ) -> None:
         super().__init__()
         if conditioning not in BLOCKS:
@@ -57,7 +58,7 @@ class DiT(nn.Module):
         self.adaptive = conditioning in ("adaln-zero", "adaln")
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
-        self.t_embedder = TimestepEmbedding(width)
+        self.t_embedder = TimestepEmbedding(width, freq_shift)
         self.y_embedder = LabelEmbedding(num_classes, width) if num_classes else None
         table = position_table(width, rows // patch_size, columns // patch_size)
         self.register_buffer("pos_embed", table.unsqueeze(0))

@@ -14,10 +14,10 @@ MAX_PERIOD = 10_000.0
 TIME_FREQUENCIES = 128
 
 
-def _angles(position: Tensor, count: int) -> Tensor:
-    """Positions (N,) times `count` frequencies that fall geometrically from 1 towards 1/MAX_PERIOD: (N, count)."""
+def _angles(position: Tensor, count: int, freq_shift: int = 0) -> Tensor:
+    """Positions (N,) times the `count` frequencies MAX_PERIOD^(−k / (count − freq_shift)): (N, count)."""
     index = torch.arange(count, dtype=position.dtype, device=position.device)
-    return torch.outer(position, torch.exp(-math.log(MAX_PERIOD) * index / count))
+    return torch.outer(position, torch.exp(-math.log(MAX_PERIOD) * index / (count - freq_shift)))
 
 
 def position_table(width: int, rows: int, columns: int) -> Tensor:
@@ -39,15 +39,19 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Network time (B,), DiT's runs from 0 to 999, → (B, width): sinusoids, cosines first, then a two-layer MLP."""
+    """Network time (B,), DiT's runs from 0 to 999, → (B, width): sinusoids, cosines first, then a two-layer MLP.
 
-    def __init__(self, width: int) -> None:
+    The 128 frequencies fall geometrically from 1 towards 1/10,000, which the last one reaches with a `freq_shift` of 1.
+    """
+
+    def __init__(self, width: int, freq_shift: int = 0) -> None:
         super().__init__()
+        self.freq_shift = freq_shift
         self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         # An angle of 999 radians means nothing in half precision: sinusoids are taken in float32 or better.
-        angles = _angles(t.to(torch.promote_types(t.dtype, torch.float32)), TIME_FREQUENCIES)
+        angles = _angles(t.to(torch.promote_types(t.dtype, torch.float32)), TIME_FREQUENCIES, self.freq_shift)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
