@@ -44,14 +44,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
     assert mezzotint("train", "digits", *TINY, "--out", run).code == 0
-    files = ["--png", tmp_path / "png", "--npz", tmp_path / "s.npz", "--trajectory", tmp_path / "way.gif"]
+    files = ["--png", tmp_path / "png", "--trajectory", tmp_path / "way.gif"]
     settings = ["--sampler", "ddim", "--steps", 4, "--guidance", 1.5, "sampling.eta=0.5", "guidance.interval=[0.2,1]"]
     drawn = mezzotint("sample", run, "--classes", "3, 8", "--count", 6, *files, *settings)
     assert drawn.code == 0, drawn.err
-    written = [run / "samples.png", tmp_path / "png", tmp_path / "s.npz", tmp_path / "way.gif"]
+    written = [run / "samples.png", tmp_path / "png", tmp_path / "way.gif"]
     assert drawn.out.split() == list(map(str, written))
     assert all(path.exists() for path in written)
     assert len(list((tmp_path / "png").iterdir())) == 6
+    archived = mezzotint("sample", run, "--classes", "3, 8", "--count", 6, "--npz", tmp_path / "s.npz", *settings)
+    assert archived.out.split() == [str(run / "samples.png"), str(tmp_path / "s.npz")]
+    import numpy as np
+
+    with np.load(tmp_path / "s.npz") as file, Image.open(tmp_path / "png" / "000005.png") as picture:
+        assert file["arr_1"].tolist() == [3, 3, 3, 8, 8, 8]
+        assert np.array_equal(file["arr_0"][5, ..., 0], np.asarray(picture))
     with Image.open(run / "samples.png") as grid:
         assert grid.width > grid.height, "two rows, one a class, of three"
     scored = mezzotint("evaluate", run, "--count", 100, "--guidance", 2, "--likelihood", 8)
@@ -88,7 +95,57 @@ def test_recipes(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-
     assert load_recipe(tmp_path / "copy.yaml").seed == 5
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["cost"], ["recipes"]])
+def test_cost_of_the_samplers(mezzotint) -> None:  # type: ignore[no-untyped-def]
+    counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--samplers", "--json").out)["evaluations"]
+    assert (counted["ddpm"], counted["ode-heun"], counted["sde-heun"], counted["ode-dopri5"]) == (250, 499, 499, None)
+    shown = mezzotint("cost", "sit-xl-2-256", "--samplers").out
+    assert "59,311" in shown, "250 guided steps of 118.62 GMACs, twice"
+
+
+def test_convert_and_sample_a_checkpoint(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A recipe with a file gives the very images of the run that the file came from."""
+    ours = tmp_path / "model.safetensors"
+    ours.write_bytes((trained / "model.safetensors").read_bytes())
+    grids = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"]
+    assert mezzotint("sample", trained, "--count", 4, "--out", grids[0]).code == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((trained / "recipe.yaml").read_text())
+    drawn = mezzotint("sample", recipe, "--weights", ours, "--count", 4, "--out", grids[1])
+    assert drawn.code == 0, drawn.err
+    copied = mezzotint("convert", trained, tmp_path / "copy")
+    assert copied.out.strip() == str(tmp_path / "copy"), copied.err
+    assert mezzotint("sample", tmp_path / "copy", "--count", 4, "--out", grids[2]).code == 0
+    assert len({grid.read_bytes() for grid in grids}) == 1
+    assert "exists already" in mezzotint("convert", trained, tmp_path / "copy").err
+
+
+def test_sampling_in_bf16_is_near_that_in_fp32(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    drawn = []
+    for precision in ("fp32", "bf16"):
+        npz = tmp_path / f"{precision}.npz"
+        assert mezzotint("sample", trained, "--count", 20, "--npz", npz, "--precision", precision).code == 0
+        drawn.append(np.load(npz)["arr_0"].astype(float))
+    assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 3, "grey levels of 255"
+
+
+def test_imagenet_classes_by_name() -> None:
+    from mezzotint.conditions import imagenet_class_names, parse_classes
+    from mezzotint.errors import MezzotintError
+
+    names = imagenet_class_names()
+    assert len(names) == 1000
+    assert parse_classes(["golden retriever", "Otter", "88", "null"], 1000, names) == [207, 360, 88, 1000]
+    with pytest.raises(MezzotintError, match="2 classes are called 'cardigan': 264, 474; give one's number"):
+        parse_classes(["cardigan"], 1000, names)
+    with pytest.raises(MezzotintError, match="class 'goldn retriever' is unknown; closest: golden retriever"):
+        parse_classes(["goldn retriever"], 1000, names)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sample"], ["evaluate"], ["convert"], ["encode"], ["cost"], ["recipes"]]
+)
 def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no-untyped-def]
     shown = mezzotint(*command, "--help")
     assert shown.code == 0
@@ -114,6 +171,16 @@ def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no
         (["sample", "RUN", "backbone.width=8"], "would change the trained model"),
         (["sample", "RUN", "--weights", "best"], "has no weights 'best'; it has: model"),
         (["sample", "/nowhere"], "/nowhere is not a run folder"),
+        (["sample", "digits"], "digits is a recipe, which has no weights; give a checkpoint by --weights"),
+        (["sample", "dit-xl-2-256", "--weights", "/no.pt"], "/no.pt is not a run folder, nor another checkpoint"),
+        (["sample", "dit-xl-2-256", "--weights", "RUN"], "where recipe 'dit-xl-2-256' says"),
+        (["sample", "RUN", "--precision", "fp8"], "precision 'fp8' is unknown; known: fp32, bf16"),
+        (["sample", "RUN", "--count", "50000"], "50000 images are too many to keep in memory; give --npz"),
+        (["sample", "RUN", "--npz", "a.npz", "--trajectory", "a.gif"], "do not go together"),
+        (["convert", "RUN", "here", "--to", "onnx"], "format 'onnx' is unknown"),
+        (["convert", "RUN", "here", "seed=1"], "override 'seed=1' is of no recipe; name one by --recipe"),
+        (["encode", "digits"], "the representation 'pixels' has no latents to encode"),
+        (["encode", "folder:/nowhere"], "image folder /nowhere does not exist"),
         (["sample", "RUN", "--out", "/proc/no.png"], "cannot write /proc/no.png"),
         (["evaluate", "RUN", "--steps", "-1"], "sampling.steps = -1 is not valid"),
         (["cost", "dit-xxl-2"], "recipe 'dit-xxl-2' is unknown; closest: dit-xl-"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from exact import PATHS, ExactBackbone, Mixture, at, exact_denoiser
 from torch import Tensor, nn
 
+from mezzotint.backbones.dit import DiT
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.guidance import ConditionalModel, Guidance
@@ -181,3 +182,55 @@ def test_errors(make: Any, message: str) -> None:
     plain = exact_denoiser(data(), PATHS["linear"])
     with pytest.raises(MezzotintError, match=message):
         make(plain, exact_denoiser(data(), PATHS["linear"], conditional=True))
+
+
+@pytest.mark.parametrize("conditioning", ["adaln-zero", "in-context"])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(),
+        Guidance(scale=0),
+        Guidance(scale=2.5),
+        Guidance(scale=2.5, channels=1),
+        Guidance(scale=2, interval=(0.3, 0.6)),
+    ],
+)
+def test_conditions_computed_ahead_are_those_computed_at_each_call(
+    conditioning: Literal["adaln-zero", "in-context"], guidance: Guidance
+) -> None:
+    """The same predictions to rounding, also at a time that was not announced; each (time, class) is asked for once."""
+    torch.manual_seed(0)
+    network = DiT(
+        input_size=4, patch_size=2, in_channels=2, width=16, depth=2, heads=2, num_classes=3, conditioning=conditioning
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    denoiser = Denoiser(network, interpolant("linear"))
+    plain, ahead = (ConditionalModel(denoiser, CLASSES, guidance) for _ in range(2))
+    times = [i / 40 for i in range(40, 0, -1)]
+    ahead.expect(times)
+    asked = []
+    original = network.condition
+
+    def counted(t: Tensor, y: Tensor) -> list[Tensor]:
+        asked.extend(zip(t.tolist(), y.tolist(), strict=True))
+        return original(t, y)
+
+    x = torch.randn(5, 2, 4, 4)
+    with torch.no_grad():
+        expected = [plain(x, t).output for t in [*times, 0.123]]
+        network.condition = counted  # type: ignore[method-assign]
+        found = [ahead(x, t).output for t in times]
+        assert len(asked) == len(set(asked)) == 40 * 4, "three classes and the null class, at every time"
+        found.append(ahead(x, 0.123).output)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_conditions_ahead_of_an_unconditional_model_change_nothing() -> None:
+    network = DiT(input_size=4, patch_size=2, in_channels=2, width=16, depth=1, heads=2)
+    model = ConditionalModel(Denoiser(network, interpolant("linear")))
+    x = torch.randn(3, 2, 4, 4)
+    before = model(x, 0.5).output
+    model.expect([0.5, 0.0])
+    assert torch.equal(model(x, 0.5).output, before)

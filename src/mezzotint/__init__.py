@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from mezzotint.guidance import ConditionalModel as ConditionalModel
     from mezzotint.guidance import Guidance as Guidance
     from mezzotint.images import save_grid as save_grid
+    from mezzotint.interop import convert as convert
+    from mezzotint.interop import load as load
     from mezzotint.pipeline import Pipeline as Pipeline
     from mezzotint.pipeline import build as build
-    from mezzotint.pipeline import load as load
     from mezzotint.pipeline import sample as sample
     from mezzotint.recipe import Recipe as Recipe
     from mezzotint.recipe import load_recipe as load_recipe
@@ -40,8 +41,9 @@ _HOMES = {
     "Recipe": "recipe",
     "Sampler": "samplers",
     "build": "pipeline",
+    "convert": "interop",
     "evaluate": "evaluation.scores",
-    "load": "pipeline",
+    "load": "interop",
     "load_recipe": "recipe",
     "log_likelihood": "samplers.likelihood",
     "recipe_names": "recipe",

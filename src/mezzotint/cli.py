@@ -41,13 +41,34 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=500 interpolant=gvp data=folder:photos."
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as 'mezzotint train' writes it.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run folder, an official DiT or SiT .pt, a diffusers folder; or a recipe, with its --weights.",
+        autocompletion=_complete_recipe,
+    ),
+]
+ModelOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides of sampling, guidance and representation, e.g. sampling.eta=0.5; of a recipe, anything.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
 Seed = Annotated[
     int, typer.Option(min=0, help="Seed of the noise; image i depends on it, on i and on its class alone.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
-Weights = Annotated[str, typer.Option(help="Which weights of the run: model, or model-ema-<decay>.")]
+Weights = Annotated[
+    str, typer.Option(help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.")
+]
+Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]
+
+#: images that a command keeps in memory at once, and that a grid shows of many
+MAX_IN_MEMORY, MAX_GRID = 10_000, 100
 
 
 @app.command()
@@ -82,11 +103,8 @@ def train(
 
 @app.command()
 def sample(
-    run: RunArgument,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of sampling and guidance, e.g. sampling.eta=0.5."),
-    ] = None,
+    model: ModelArgument,
+    overrides: ModelOverrides = None,
     classes: Annotated[
         str | None, typer.Option(help='Class names or numbers, e.g. "3, 8"; "null" is no class. Default: all in turn.')
     ] = None,
@@ -100,41 +118,76 @@ def sample(
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     weights: Weights = "model",
-    out: Annotated[Path | None, typer.Option(help="The grid PNG to write; default: RUN/samples.png.")] = None,
+    precision: Precision = "fp32",
+    compiled: Compiled = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The grid PNG to write; default: samples.png in the run folder, else here.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write every image as a PNG into this folder.")] = None,
     npz: Annotated[
-        Path | None, typer.Option(help="Also write ADM's .npz: arr_0 uint8 (N, H, W, 3), arr_1 labels.")
+        Path | None,
+        typer.Option(help="Also write ADM's .npz: arr_0 uint8 (N, H, W, 3), arr_1 labels. A killed command goes on."),
     ] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Also write the way from noise to data as a GIF.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Draw images from a trained run into one grid, a class's images side by side."""
-    from mezzotint import images as output
-    from mezzotint.pipeline import choose_labels, load
-    from mezzotint.pipeline import sample as draw
-    from mezzotint.training.parallel import choose_device
+    """Draw images into one grid, a class's images side by side.
 
-    pipeline = load(run, weights=weights, device=choose_device(device))
-    recipe = _with_sampling(pipeline.recipe, overrides or [], sampler=sampler, steps=steps, guidance=guidance)
-    pipeline.recipe = recipe
+    Fifty thousand for ADM's evaluator, shared among eight GPUs; the grid then shows some:
+    torchrun --nproc-per-node 8 $(which mezzotint) sample MODEL --count 50000 --npz samples.npz.
+    """
+    from mezzotint import images as output
+    from mezzotint.archive import read_npz_images, sample_to_npz
+    from mezzotint.pipeline import sample as draw
+    from mezzotint.training.parallel import rank_and_size
+
+    rank, world_size = rank_and_size()
     names = None if classes is None else [name for name in (part.strip() for part in classes.split(",")) if name]
     if names == []:
         raise MezzotintError("--classes names no class; give names or numbers with commas between, or leave it out")
-    count = count or min(100, 10 * (len(names) if names else pipeline.denoiser.num_classes or 10))
-    drawn = draw(
-        pipeline, names, count, seed=seed, batch_size=batch_size, progress=True, trajectory=trajectory is not None
+    if npz is None and world_size > 1:
+        raise MezzotintError("several processes can draw into one .npz only; give --npz, or start one process")
+    if npz is None and (count or 0) > MAX_IN_MEMORY:
+        raise MezzotintError(f"{count} images are too many to keep in memory; give --npz, which is written in parts")
+    if npz is not None and trajectory is not None:
+        raise MezzotintError("--npz and --trajectory do not go together; draw trajectories by a command of their own")
+    pipeline = open_model(
+        model, overrides or [], weights=weights, device=device, sampler=sampler, steps=steps, guidance=guidance
     )
-    final = drawn[-1] if trajectory else drawn
+    pipeline.prepare(precision, compiled=compiled)
+    count = count or min(100, 10 * (len(names) if names else pipeline.denoiser.num_classes or 10))
+    if npz is None:
+        drawn = draw(
+            pipeline, names, count, seed=seed, batch_size=batch_size, progress=True, trajectory=trajectory is not None
+        )
+        final = drawn[-1] if trajectory else drawn
+    else:
+        sample_to_npz(
+            pipeline,
+            npz,
+            names,
+            count,
+            seed=seed,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            progress=rank == 0,
+        )
+        if rank > 0:
+            return
+        every = max(1, count // MAX_GRID)
+        final = read_npz_images(npz, range(0, count, every)[:MAX_GRID])
     shown = names or range(pipeline.denoiser.num_classes)
-    columns = count // len(shown) if len(shown) > 1 and count % len(shown) == 0 else 10
-    out = out or run / "samples.png"
+    columns = len(final) // len(shown) if len(shown) > 1 and len(final) % len(shown) == 0 else 10
+    out = out or (Path(model) if Path(model).is_dir() else Path()) / "samples.png"
     output.save_grid(final, out, columns=min(columns, 20))
     written = [out]
     if png is not None:
-        output.save_pngs(final, png)
+        for start in range(0, count, MAX_IN_MEMORY):
+            rows = range(start, min(start + MAX_IN_MEMORY, count))
+            output.save_pngs(final if npz is None else read_npz_images(npz, rows), png, first=start)
         written.append(png)
     if npz is not None:
-        output.save_npz(final, choose_labels(pipeline, names, count), npz)
         written.append(npz)
     if trajectory is not None:
         output.save_animation(drawn, trajectory, columns=min(columns, 20))
@@ -145,10 +198,8 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: RunArgument,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of sampling, e.g. sampling=ddpm.")
-    ] = None,
+    model: ModelArgument,
+    overrides: ModelOverrides = None,
     count: Annotated[int, typer.Option(min=10, help="Samples to score, spread evenly over the classes.")] = 1000,
     sampler: Annotated[str | None, typer.Option(help="As for 'mezzotint sample'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
@@ -159,17 +210,19 @@ def evaluate(
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     weights: Weights = "model",
-    out: Annotated[Path | None, typer.Option(help="The JSON file to write; default: RUN/scores.json.")] = None,
+    precision: Precision = "fp32",
+    compiled: Compiled = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON file to write; default: scores.json in the run folder, else here.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Score a run against held-out real images: class agreement, Fréchet distance, precision and recall."""
+    """Score a model against held-out real images: class agreement, Fréchet distance, precision and recall."""
     from mezzotint.evaluation.scores import evaluate as score
     from mezzotint.files import write_text
-    from mezzotint.pipeline import load
-    from mezzotint.training.parallel import choose_device
 
-    pipeline = load(run, weights=weights, device=choose_device(device))
-    pipeline.recipe = _with_sampling(pipeline.recipe, overrides or [], sampler=sampler, steps=steps, guidance=None)
+    pipeline = open_model(model, overrides or [], weights=weights, device=device, sampler=sampler, steps=steps)
+    pipeline.prepare(precision, compiled=compiled)
     scores = score(
         pipeline,
         count=count,
@@ -180,9 +233,76 @@ def evaluate(
         progress=True,
     )
     print_scores(scores)
-    out = out or run / "scores.json"
+    out = out or (Path(model) if Path(model).is_dir() else Path()) / "scores.json"
     write_text(out, json.dumps(scores, indent=2) + "\n")
     console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def encode(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="folder:PATH, huggingface:NAME or idx:PATH, encoded as for the published models (256 × 256); or "
+            "a recipe, whose data and autoencoder are taken.",
+            autocompletion=_complete_recipe,
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder of latents to write, for data=latents:OUT.")] = Path("latents"),
+    split: Annotated[list[str] | None, typer.Option(help="train, test. Default: what there is.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16: how the latents are stored.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    device: Device = "auto",
+) -> None:
+    """Encode a data set by a KL autoencoder, once, so that training reads latents instead of images.
+
+    The same command goes on after a kill. On eight GPUs: torchrun --nproc-per-node 8 $(which mezzotint) encode ….
+    """
+    from mezzotint.data import SOURCES
+    from mezzotint.encoding import encode as write_latents
+    from mezzotint.recipe import load_recipe
+
+    if dataset.partition(":")[0] in SOURCES and ":" in dataset:
+        recipe = load_recipe("dit-xl-2-256", [f"data={json.dumps(dataset)}", *(overrides or [])])
+    else:
+        recipe = load_recipe(dataset, overrides or [])
+    folder = write_latents(recipe, out, splits=split, dtype=dtype, batch_size=batch_size, device=device)
+    results.print(str(folder), soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="An official .pt, a diffusers folder, a run folder, or a hub name."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder (official: the .pt) to write.")],
+    overrides: Overrides = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="run: a run folder; diffusers: a folder for DiTPipeline; official: a .pt for the official code."
+        ),
+    ] = "run",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="What the weights mean, where the file does not tell.", autocompletion=_complete_recipe),
+    ] = None,
+    weights: Weights = "model",
+    vae: Annotated[
+        str | None, typer.Option(help="diffusers: the autoencoder to put in; default: the recipe's own.")
+    ] = None,
+) -> None:
+    """Rewrite a checkpoint for this library, for diffusers or for the official code; nothing is lost on the way."""
+    from mezzotint.interop import convert as rewrite
+    from mezzotint.recipe import load_recipe
+
+    if overrides and recipe is None:
+        raise MezzotintError(f"override {overrides[0]!r} is of no recipe; name one by --recipe")
+    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
+    results.print(str(rewrite(source, out, to=to, recipe=loaded, weights=weights, vae=vae)), soft_wrap=True)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -192,23 +312,34 @@ def cost(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON with params, trainable_params and gmacs.")
     ] = False,
+    samplers: Annotated[bool, typer.Option("--samplers", help="Also what an image costs by each sampler.")] = False,
 ) -> None:
     """Count a recipe's parameters and the multiply-adds of one forward pass (the papers' "Gflops")."""
     from dataclasses import asdict
 
-    from mezzotint.evaluation.cost import recipe_cost
+    from mezzotint.evaluation.cost import recipe_cost, sampling_evaluations
     from mezzotint.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     counted = recipe_cost(loaded)
+    evaluations = sampling_evaluations(loaded) if samplers else {}
     if as_json:
-        typer.echo(json.dumps({"recipe": loaded.name, **asdict(counted)}))
+        more = {"evaluations": evaluations} if samplers else {}
+        typer.echo(json.dumps({"recipe": loaded.name, **asdict(counted), **more}))
         return
     table = Table("", loaded.name)
     table.add_row("parameters", f"{counted.params:,}")
     table.add_row("of these trained", f"{counted.trainable_params:,}")
     table.add_row("forward pass of one example", f"{counted.gmacs:,.2f} GMACs")
     results.print(table)
+    if samplers:
+        table = Table(f"{loaded.sampling.steps} steps by", "network evaluations", "GMACs", "guided")
+        for name, number in evaluations.items():
+            costs = ["the solver decides", "", ""]
+            if number is not None:
+                costs = [str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
+            table.add_row(name, *costs)
+        results.print(table)
 
 
 @app.command()
@@ -262,18 +393,34 @@ def print_scores(scores: dict[str, Any]) -> None:
     results.print(table)
 
 
-def _with_sampling(recipe: Any, overrides: list[str], **options: Any) -> Any:
-    """The run's recipe with other sampling and guidance settings, and nothing else changed."""
-    from mezzotint.recipe import override_recipe
+def open_model(model: str, overrides: list[str], *, weights: str, device: str, **options: Any) -> Any:
+    """The pipeline of a run folder, of a checkpoint, or of a recipe with the checkpoint `weights`.
 
-    for override in overrides:
-        if not override.startswith(("sampling.", "sampling=", "guidance.")):
-            raise MezzotintError(
-                f"override {override!r} would change the trained model; only sampling and guidance can"
-            )
+    `options` are the sampler, steps and guidance that were asked for; None is what the recipe says.
+    """
+    from mezzotint.interop import load
+    from mezzotint.recipe import load_recipe, override_recipe
+    from mezzotint.training.parallel import choose_device
+
     keys = {"sampler": "sampling.sampler", "steps": "sampling.steps", "guidance": "guidance.scale"}
     given = [f"{keys[key]}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    return override_recipe(recipe, [*overrides, *given])
+    here = choose_device(device)
+    if not model.endswith((".yaml", ".yml")) and (Path(model).exists() or "/" in model):
+        for override in overrides:
+            if not override.startswith(("sampling.", "sampling=", "guidance.", "representation.")):
+                raise MezzotintError(
+                    f"override {override!r} would change the trained model; only sampling, guidance and "
+                    "representation can be"
+                )
+        pipeline = load(model, weights=weights, device=here)
+        pipeline.recipe = override_recipe(pipeline.recipe, [*overrides, *given])
+        return pipeline
+    recipe = load_recipe(model, [*overrides, *given])
+    if weights == "model":
+        raise MezzotintError(
+            f"{model} is a recipe, which has no weights; give a checkpoint by --weights, or a run folder"
+        )
+    return load(weights, recipe=recipe, device=here)
 
 
 def main() -> None:

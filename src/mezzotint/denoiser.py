@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +125,37 @@ class Denoiser(nn.Module):
         """The range of t on which the prediction converts to all of `to`; eps is the margin at a singular end."""
         return time_range(self.interpolant, self.target, to or (self.target,), eps)
 
-    def forward(self, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Prediction:
-        """x (B, C, H, W); t in [0, 1], one number for the batch or (B,); y (B,) int64 or None (the null class)."""
+    @property
+    def has_conditions(self) -> bool:
+        """Whether what the backbone makes of t and y can be computed apart from x (see `DiT.condition`)."""
+        return hasattr(self.backbone, "condition")
+
+    def conditions(self, times: Sequence[float], y: Tensor | None) -> list[Tensor]:
+        """What the backbone makes of each time with each label (K,), None for an unconditional one (K = 1).
+
+        A list, one tensor (len(times), K, …) a layer; the row of a time, spread over the examples, is `forward`'s
+        condition.
+        """
+        scale, offset = self.time_input
+        backbone = cast(Any, self.backbone)
+        device = next(backbone.parameters()).device
+        t = torch.tensor([scale * t + offset for t in times], dtype=torch.float32, device=device)
+        k = 1 if y is None else len(y)
+        layers = backbone.condition(t.repeat_interleave(k), None if y is None else y.repeat(len(times)))
+        return [layer.unflatten(0, (len(times), k)) for layer in layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        y: Tensor | None = None,
+        *,
+        condition: Sequence[Tensor] | None = None,
+    ) -> Prediction:
+        """x (B, C, H, W); t in [0, 1], one number for the batch or (B,); y (B,) int64 or None (the null class).
+
+        `condition` is what `conditions` gave for t and y, one row an example; these are then not looked at again.
+        """
         batch = x.shape[0]
         scale, offset = self.time_input
         if isinstance(t, Tensor):
@@ -134,7 +164,8 @@ class Denoiser(nn.Module):
             network_time = torch.full((batch,), scale * t + offset, dtype=x.dtype, device=x.device)
         if self.num_classes and y is None:
             y = torch.full((batch,), self.num_classes, device=x.device)
-        output = self.backbone(x, network_time, y).to(x.dtype)
+        shared = {} if condition is None else {"condition": condition}
+        output = self.backbone(x, network_time, y, **shared).to(x.dtype)
         variance = None
         if output.shape[1] == 2 * x.shape[1]:
             output, second_half = output.chunk(2, dim=1)

@@ -28,9 +28,9 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 10) -> None:
         grid_image(images, columns).save(temporary, format="PNG")
 
 
-def save_pngs(images: Tensor, folder: str | Path) -> None:
-    """Write each image (N, C, H, W) in [-1, 1] as folder/000000.png, folder/000001.png, ..."""
-    for i, pixels in enumerate(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()):
+def save_pngs(images: Tensor, folder: str | Path, *, first: int = 0) -> None:
+    """Write each image (N, C, H, W) in [-1, 1] as folder/000000.png, folder/000001.png, ..., counting from `first`."""
+    for i, pixels in enumerate(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy(), first):
         with atomic_path(Path(folder) / f"{i:06d}.png") as temporary:
             Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,10 @@ from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
 from mezzotint.recipe import Recipe, load_recipe
-from mezzotint.representations import KLAutoencoder, Pixels, Representation
+from mezzotint.representations import Representation, representation
 from mezzotint.samplers import Sampler, example_generators, randn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -39,14 +41,22 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    def prepare(self, precision: str = "fp32", *, compiled: bool = False) -> Pipeline:
+        """Make the network ready for sampling, in place: weights and activations in `precision`, compiled if so.
+
+        What is outside of the network (states, guidance, the samplers' arithmetic) stays float32. Raises
+        `MezzotintError` for an unknown precision.
+        """
+        if precision not in PRECISIONS:
+            raise MezzotintError(f"precision {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+        self.denoiser.backbone.to(PRECISIONS[precision])
+        if compiled:
+            self.denoiser.backbone.compile()
+        return self
+
     @cached_property
     def representation(self) -> Representation:
-        settings = self.recipe.representation
-        if settings.name == "pixels":
-            return Pixels()
-        if settings.path is None:
-            raise MezzotintError("representation.path must name the autoencoder's folder or hub model")
-        return KLAutoencoder(settings.path, scale=settings.scale, device=self.device)
+        return representation(**self.recipe.representation.model_dump(), device=self.device)
 
 
 def build_backbone(recipe: Recipe) -> nn.Module:
@@ -114,7 +124,7 @@ def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> N
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {"format": "mezzotint", **metadata})
         except SafetensorError as error:  # a full disk, in safetensors' words
             raise OSError(str(error)) from None
 
@@ -156,7 +166,6 @@ def choose_labels(pipeline: Pipeline, classes: Sequence[int | str] | None, count
     return class_labels(parse_classes(classes, pipeline.denoiser.num_classes, pipeline.class_names), count)
 
 
-@torch.no_grad()
 def sample(
     pipeline: Pipeline,
     classes: Sequence[int | str] | None = None,
@@ -178,6 +187,37 @@ def sample(
     """
     if count < 1:
         raise MezzotintError(f"count must be at least 1, got {count}")
+    batches = sample_batches(
+        pipeline,
+        choose_labels(pipeline, classes, count),
+        range(count),
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+        trajectory=trajectory,
+        **options,
+    )
+    return torch.cat(list(batches), dim=1 if trajectory else 0)
+
+
+@torch.no_grad()
+def sample_batches(
+    pipeline: Pipeline,
+    labels: Tensor | None,
+    indices: Sequence[int],
+    *,
+    guidance: float | Guidance | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+    trajectory: bool = False,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """The images number `indices` of `sample`, up to `batch_size` at a time; image i is of class labels[i].
+
+    Raises `MezzotintError` as `sample` does.
+    """
     if batch_size < 1:
         raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
@@ -186,27 +226,22 @@ def sample(
         guidance = recipe.guidance
     elif not isinstance(guidance, Guidance):
         guidance = Guidance.parse(recipe.guidance.model_dump() | {"scale": guidance})
-    labels = choose_labels(pipeline, classes, count)
-    starts = range(0, count, batch_size)
-    finished = []
-    for start in starts:
-        indices = range(start, min(start + batch_size, count))
-        y = None if labels is None else labels[indices.start : indices.stop].to(pipeline.device)
+    for start in range(0, len(indices), batch_size):
+        chosen = indices[start : start + batch_size]
+        y = None if labels is None else labels[list(chosen)].to(pipeline.device)
         model = ConditionalModel(denoiser, y, guidance)
-        generators = example_generators(seed, indices)
+        generators = example_generators(seed, chosen)
         x = denoiser.interpolant.prior_std * randn(
-            (len(indices), *denoiser.in_shape), generators, device=pipeline.device
+            (len(chosen), *denoiser.in_shape), generators, device=pipeline.device
         )
+        model.expect(sampler.times(model))
         steps = sampler.path(model, x, generators)
-        label = f"sampling {indices.start + len(indices)}/{count}"
+        label = f"sampling {start + len(chosen)}/{len(indices)}"
         states = [x] if trajectory else []
         for x in track(steps, label, total=sampler.steps, enabled=progress):
             if trajectory:
                 states.append(x)
-        finished.append(
-            torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x)
-        )
-    return torch.cat(finished, dim=1 if trajectory else 0)
+        yield torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x)
 
 
 def _decode(pipeline: Pipeline, x: Tensor) -> Tensor:

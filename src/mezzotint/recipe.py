@@ -25,11 +25,12 @@ class DataSettings(Settings):
     """What the model is trained on."""
 
     name: str = "digits"
-    """digits, idx, folder or huggingface; `data=folder:PATH` sets name and path at once."""
+    """digits, idx, folder, huggingface or latents; `data=folder:PATH` sets name and path at once."""
     path: str | None = None
-    """Folder, or Hugging Face hub name. None: the data set's own default place, where it has one."""
+    """Folder, or Hugging Face hub name; latents: a folder that 'mezzotint encode' wrote. None: the data set's own
+    default place, where it has one."""
     size: int = Field(8, ge=1)
-    """Images are size × size: cropped and resized (folder, huggingface) or padded (idx)."""
+    """Images are size × size: cropped and resized (folder, huggingface) or padded (idx); latents: they were so."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for RGB; images are converted."""
     labels: bool = True
@@ -47,7 +48,7 @@ class DataSettings(Settings):
     label_column: str | None = None
     """huggingface: the column of labels. None: found by its type."""
     workers: int = Field(0, ge=0)
-    """Processes that decode images beside the training process; 0 decodes in it."""
+    """Processes that decode images, or threads that read latents, beside the training process; 0 does so in it."""
 
     @field_validator("name")
     @classmethod
@@ -60,10 +61,10 @@ class DataSettings(Settings):
         """The split "train" or "test" of this data set. Raises `MezzotintError` where it cannot be read."""
         takes = signature(data.SOURCES[self.name]).parameters
         options = {}
-        for key, value in self.model_dump(exclude={"name", "flip", "workers"}).items():
+        for key, value in self.model_dump(exclude={"name", "workers"}).items():
             if key in takes:
                 options[key] = value
-            elif value != type(self).model_fields[key].default:
+            elif key != "flip" and value != type(self).model_fields[key].default:
                 raise MezzotintError(f"data.{key} means nothing for the data set {self.name!r}; leave it out")
         return data.load(self.name, split, **options)
 
@@ -74,13 +75,20 @@ class RepresentationSettings(Settings):
     name: Literal["pixels", "kl"] = "pixels"
     """pixels, or kl: the latents of a frozen KL autoencoder (needs the extra 'latent')."""
     path: str | None = None
-    """kl: folder or hub name of a diffusers AutoencoderKL, e.g. stabilityai/sd-vae-ft-ema."""
+    """kl: folder (or a pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g.
+    stabilityai/sd-vae-ft-ema."""
     scale: float | None = None
     """kl: factor on the latents. None: the autoencoder's own (0.18215 for Stable Diffusion's)."""
     stride: int = Field(8, ge=1)
     """kl: pixels per latent position along a side."""
     channels: int = Field(4, ge=1)
     """kl: channels of a latent."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """kl: of the autoencoder's weights and activations; latents and images stay fp32."""
+    slicing: bool = False
+    """kl: take one image at a time through the autoencoder, which saves memory."""
+    tiling: bool = False
+    """kl: take large images through the autoencoder in overlapping tiles: less memory, and slightly other images."""
 
 
 class BackboneSettings(Settings):
@@ -156,6 +164,17 @@ class ObjectiveSettings(Settings):
     """Factor on the variational bound of a learned variance (1: DiT's)."""
 
 
+class LoRASettings(Settings):
+    """Low-rank updates of linear layers, trained in place of the layers themselves (needs the extra 'lora')."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of an update; 0: no LoRA."""
+    alpha: int | None = Field(None, ge=1)
+    """An update is scaled by alpha / rank. None: by 1."""
+    targets: tuple[str, ...] = Field(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1)
+    """Linear layers that get one: ends of their names, or glob patterns; adaLN_modulation.1 is what time enters by."""
+
+
 class TrainingSettings(Settings):
     """The loop."""
 
@@ -181,6 +200,9 @@ class TrainingSettings(Settings):
     """bf16: autocast the network; weights, optimizer and diffusion arithmetic stay fp32."""
     compile: bool = False
     """torch.compile the backbone."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of parameters that keep their values, e.g. blocks.*; one after a "!" is trained after all."""
+    lora: LoRASettings = LoRASettings()
     ema: tuple[float, ...] = (0.9999,)
     """Decays of the averaged weights; the first is the run's model."""
     ema_warmup: bool = False
@@ -206,6 +228,9 @@ class Recipe(Settings):
     """One line: what this is, and where it comes from."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in training."""
+    init: str | None = None
+    """Weights to start from: a run folder, an official .pt, a safetensors file or a diffusers folder; the network then
+    has the data set's classes. None: fresh ones."""
     data: DataSettings = DataSettings()
     representation: RepresentationSettings = RepresentationSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -233,6 +258,10 @@ class Recipe(Settings):
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} is not divisible by "
                 f"training.accumulate {self.training.accumulate}"
+            )
+        if self.training.lora.rank and self.init is None:
+            raise ValueError(
+                "training.lora adapts weights that are there already: set init to a checkpoint, or training.lora.rank=0"
             )
         return self
 
@@ -279,7 +308,7 @@ def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> R
 
 
 def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Recipe:
-    """The recipe with what only the data know filled in: the number of classes. Checks that the two fit."""
+    """The recipe with what only the data know filled in: number of classes, latents' scale. Checks that the two fit."""
     wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
     if wanted and not has:
         raise MezzotintError(
@@ -294,8 +323,25 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Re
             f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
             "set data.size and data.channels"
         )
+    representation = recipe.representation
+    if isinstance(dataset, data.CachedLatents):
+        if representation.name != "kl":
+            raise MezzotintError(
+                f"the data are latents, but the recipe's representation is {representation.name}; set representation=kl"
+            )
+        if recipe.latent_shape != dataset.latent_shape:
+            raise MezzotintError(
+                f"the latents are {dataset.latent_shape}, expected {recipe.latent_shape} (channels, height, width); "
+                "set representation.channels and representation.stride to those of the autoencoder that encoded them"
+            )
+        if representation.scale not in (None, dataset.info.scale):
+            raise MezzotintError(
+                f"the latents were encoded for a scale of {dataset.info.scale}, but representation.scale is "
+                f"{representation.scale}; set it to null or encode again"
+            )
+        representation = representation.model_copy(update={"scale": dataset.info.scale})
     backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
-    return recipe.model_copy(update={"backbone": backbone})
+    return recipe.model_copy(update={"backbone": backbone, "representation": representation})
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -79,11 +80,14 @@ class DiT(nn.Module):
             elif parameter.dim() > 1:  # all but the LayerNorms, which start as torch leaves them
                 nn.init.xavier_uniform_(parameter.flatten(1))  # the patch projection counts as the linear layer it is
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, condition: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W).
 
-        `x` has the parameters' dtype. `t` (B,) is time as the sinusoids see it (DiT: 0 to 999), best in float32.
-        `y` (B,) int64 in [0, num_classes]; None for an unconditional network, which does not look at it.
+        Computed in the parameters' dtype, whatever that of `x`; the output has it, too. `t` (B,) is time as the
+        sinusoids see it (DiT: 0 to 999), best in float32. `y` (B,) int64 in [0, num_classes]; None for an unconditional network,
+        which does not look at it. `condition` is what `self.condition(t, y)` gave, where it is known already.
         Raises MezzotintError for an `x` of another shape and for a missing `y`.
         """
         if x.shape[1:] != (self.in_channels, *self.input_size):
@@ -92,6 +96,22 @@ class DiT(nn.Module):
                 f"input has shape {tuple(x.shape)}, expected (B, {self.in_channels}, {rows}, {columns}); "
                 "resize it or build the network with that input_size and in_channels"
             )
+        *conditions, final = self.condition(t, y) if condition is None else condition
+        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+        length = tokens.shape[1]
+        if self.conditioning == "in-context":
+            tokens = torch.cat([tokens, conditions[0]], dim=1)
+        for block, c in zip(self.blocks, conditions, strict=True):
+            tokens = block(tokens, c)
+        return self._unpatchify(self.final_layer(tokens[:, :length], final))
+
+    def condition(self, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """What each block, and last the final layer, is given of `t` and `y` (N,): tensors (N, 1 or 2, …).
+
+        Where LayerNorm is adaptive these are the shifts, scales and gates; elsewhere both embeddings. They depend on
+        nothing else, so that a sampler can have them computed once for all examples of a class, and for many steps.
+        Raises MezzotintError for a missing `y`.
+        """
         embeddings = [self.t_embedder(t)]
         if self.y_embedder is not None:
             if y is None:
@@ -100,16 +120,11 @@ class DiT(nn.Module):
                 )
             embeddings.append(self.y_embedder(y))
         c = torch.stack(embeddings, dim=1)
-        if self.adaptive:
-            c = F.silu(c.sum(dim=1, keepdim=True))  # every regression layer starts with this SiLU: taken once for all
-
-        tokens = self.x_embedder(x) + self.pos_embed
-        length = tokens.shape[1]
-        if self.conditioning == "in-context":
-            tokens = torch.cat([tokens, c], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens[:, :length], c))
+        layers = [*self.blocks, self.final_layer]
+        if not self.adaptive:
+            return [c] * len(layers)
+        c = F.silu(c.sum(dim=1, keepdim=True))  # every regression layer starts with this SiLU: taken once for all
+        return [layer.adaLN_modulation(c) for layer in layers]
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, p·p·C) → (B, C, H, W)."""
@@ -137,9 +152,10 @@ class PatchEmbedding(nn.Module):
 class Block(nn.Module):
     """What the four designs share: self-attention and MLP, each after a LayerNorm and inside a residual.
 
-    Every design's forward maps tokens (B, T, width) and a condition c to tokens. Where LayerNorm is adaptive, c is the
-    activated sum of the time and class embeddings, (B, 1, width); elsewhere the embeddings themselves, (B, n, width).
-    `regressed` is how many vectors of `width` the block regresses from c; at 0 its norms have parameters of their own.
+    Every design's forward maps tokens (B, T, width) and a condition c to tokens. Where LayerNorm is adaptive, c holds
+    the `regressed` vectors of `width` that `adaLN_modulation` makes of the activated sum of the embeddings of time and
+    class, (B, 1, regressed·width); elsewhere (`regressed` 0) it is the embeddings themselves, (B, n, width), and the
+    norms have parameters of their own.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, regressed: int = 0) -> None:
@@ -159,7 +175,7 @@ class AdaLNZeroBlock(Block):
         super().__init__(width, heads, mlp_ratio, regressed=6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
@@ -171,7 +187,7 @@ class AdaLNBlock(Block):
         super().__init__(width, heads, mlp_ratio, regressed=4)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)
+        shift1, scale1, shift2, scale2 = c.chunk(4, dim=-1)
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -228,7 +244,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x = self.norm_final(x)
         if self.adaptive:
-            x = modulate(x, *self.adaLN_modulation(c).chunk(2, dim=-1))
+            x = modulate(x, *c.chunk(2, dim=-1))
         return self.linear(x)
 
 

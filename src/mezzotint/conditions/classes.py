@@ -13,16 +13,22 @@ from mezzotint.errors import MezzotintError, closest
 def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
     """Class numbers for numbers or names (any case); `num_classes` itself, or the name "null", is the null class.
 
-    Raises `MezzotintError` for a name or number that the model does not know.
+    Raises `MezzotintError` for a name or number that the model does not know, or a name that several classes have.
     """
     if not num_classes:
         raise MezzotintError("classes were given, but this model is unconditional; leave them out")
-    numbers = {name.lower(): i for i, name in enumerate(class_names)} | {"null": num_classes}
+    numbers: dict[str, list[int]] = {"null": [num_classes]}
+    for i, name in enumerate(class_names):
+        numbers.setdefault(name.lower(), []).append(i)
     parsed = []
     for item in classes:
         text = str(item).strip()
-        if text.lower() in numbers:  # a data set's names come first: a class may be named by a digit
-            parsed.append(numbers[text.lower()])
+        if named := numbers.get(text.lower()):  # a data set's names come first: a class may be named by a digit
+            if len(named) > 1:
+                raise MezzotintError(
+                    f"{len(named)} classes are called {text!r}: {', '.join(map(str, named))}; give one's number"
+                )
+            parsed += named
         elif text.isdigit() and int(text) <= num_classes:
             parsed.append(int(text))
         elif text.lstrip("-").isdigit():

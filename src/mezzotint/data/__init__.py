@@ -15,6 +15,7 @@ from mezzotint.data.base import ImageDataset, ImageStream, InMemoryImages
 from mezzotint.data.folder import image_folder
 from mezzotint.data.huggingface import hugging_face
 from mezzotint.data.idx_files import idx
+from mezzotint.data.latents import CachedLatents, cached_latents, encode_dataset
 from mezzotint.data.loader import Batch, BatchOrder, iterate_batches
 from mezzotint.data.sklearn_digits import digits
 from mezzotint.errors import MezzotintError, closest
@@ -23,10 +24,13 @@ __all__ = [
     "SOURCES",
     "Batch",
     "BatchOrder",
+    "CachedLatents",
     "ImageDataset",
     "ImageStream",
     "InMemoryImages",
+    "cached_latents",
     "digits",
+    "encode_dataset",
     "hugging_face",
     "idx",
     "image_folder",
@@ -39,6 +43,7 @@ SOURCES: dict[str, Callable[..., ImageDataset | ImageStream]] = {
     "idx": idx,
     "folder": image_folder,
     "huggingface": hugging_face,
+    "latents": cached_latents,
 }
 """Every data set that `load` knows: a function of `split` and of the options in its signature."""
 

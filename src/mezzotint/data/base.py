@@ -50,7 +50,7 @@ class BatchedDataset(ImageDataset, Protocol):
     """A data set so quick to index that it needs no worker processes."""
 
     def get_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, C, H, W) and labels int64 (B,) for `indices` int64 (B,)."""
+        """Images uint8 (B, C, H, W) and labels int64 (B,) for `indices` int64 (B,); floats are taken as they are."""
 
 
 @runtime_checkable

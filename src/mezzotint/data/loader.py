@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mezzotint.data.base import BatchedDataset, ImageDataset, ImageStream
+from mezzotint.data.base import BatchedDataset, ImageDataset, ImageStream, InMemoryImages
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 
@@ -25,7 +25,7 @@ STREAM_PREFETCH = 2  # batches that a stream reads ahead; `DataLoader`'s own num
 class Batch(NamedTuple):
     """One process's share of a global batch."""
 
-    images: Tensor  # float32 (B, C, H, W) in [−1, 1]
+    images: Tensor  # float32 (B, C, H, W) in [−1, 1]; of `CachedLatents` the moments, as `get_batch` gives them
     labels: Tensor | None  # int64 (B,); None when the data set is unlabelled
     indices: Tensor  # int64 (B,): places in the data set, or, of a stream, running numbers
 
@@ -86,7 +86,8 @@ def iterate_batches(
     """The batches of steps `start_step` to ``stop_step − 1``, of each the slice that belongs to process `rank`.
 
     The global batches depend on `order` alone, not on the number of processes or `workers` nor on where iteration
-    began. `workers` are processes that decode images, or threads for a stream; a data set in memory needs none.
+    began. `workers` are processes that decode images, or threads for a stream or a `BatchedDataset` on disk; a data set
+    in memory needs none.
     Raises `MezzotintError` when the processes cannot share a batch equally, or from decoding.
     """
     if order.batch_size % world_size:
@@ -99,10 +100,17 @@ def iterate_batches(
     steps = range(start_step, stop_step)
     if isinstance(dataset, ImageStream):
         return _stream_batches(dataset, order, steps, share, workers)
-    return _dataset_batches(dataset, order, steps, share, workers)
+    return dataset_batches(dataset, order, steps, share, workers)
 
 
 # ------------------------------------------------------------------------------------------- data sets
+
+
+class Order(Protocol):
+    """Which examples make up a batch."""
+
+    def indices(self, step: int) -> Tensor:
+        """The examples int64 (B,) of batch `step`, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +118,29 @@ class _Batches(Dataset[Batch | MezzotintError]):
     """A data set whose item number k is the whole share of batch k, which makes loading it a plain loop over steps."""
 
     dataset: ImageDataset
-    order: BatchOrder
+    order: Order
     share: slice
 
     def __getitem__(self, step: int) -> Batch | MezzotintError:
         indices = self.order.indices(step)[self.share]
         if isinstance(self.dataset, BatchedDataset):
             images, labels = self.dataset.get_batch(indices)
-            return Batch(to_float(images), labels if self.dataset.class_names else None, indices)
+            images = images if images.is_floating_point() else to_float(images)
+            return Batch(images, labels if self.dataset.class_names else None, indices)
         try:
             return _collate([self.dataset[i] for i in indices.tolist()], self.dataset, indices)
         except MezzotintError as error:
             return error  # raised here, its sentence would reach the user inside a worker's traceback
 
 
-def _dataset_batches(
-    dataset: ImageDataset, order: BatchOrder, steps: range, share: slice, workers: int
-) -> Iterator[Batch]:
+def dataset_batches(dataset: ImageDataset, order: Order, steps: range, share: slice, workers: int) -> Iterator[Batch]:
+    """`iterate_batches` over a finite data set, in any order."""
     batches = _Batches(dataset, order, share)
     loaded: Iterable[Batch | MezzotintError]
-    if workers == 0 or isinstance(dataset, BatchedDataset):
+    if workers == 0 or isinstance(dataset, InMemoryImages):
         loaded = map(batches.__getitem__, steps)
+    elif isinstance(dataset, BatchedDataset):
+        loaded = _read_ahead(batches, steps, workers)
     else:
         loaded = DataLoader(
             batches,
@@ -144,6 +154,18 @@ def _dataset_batches(
         if isinstance(batch, MezzotintError):
             raise batch
         yield batch
+
+
+def _read_ahead(batches: _Batches, steps: range, workers: int) -> Iterator[Batch | MezzotintError]:
+    """The batches in order, read by threads, which wait for the disk without Python's lock."""
+    with ThreadPoolExecutor(workers) as readers:
+        pending: deque[Future[Batch | MezzotintError]] = deque()
+        for step in steps:
+            pending.append(readers.submit(batches.__getitem__, step))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _collate(examples: Sequence[tuple[Tensor, int]], dataset: ImageDataset | ImageStream, indices: Tensor) -> Batch:

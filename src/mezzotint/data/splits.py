@@ -15,6 +15,10 @@ SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val
 """What data sets call the two splits, the preferred name first."""
 
 
+class NoSuchSplit(MezzotintError):
+    """The data set can be read, and has no such split."""
+
+
 def check_split(split: str, known: Sequence[str] = ("train", "test")) -> None:
     """Raises `MezzotintError` unless `split` is one of `known`."""
     if split not in known:
@@ -25,7 +29,7 @@ def pick_split(parts: Mapping[str, T], split: str, test_fraction: float, where: 
     """The part of a data set to take `split` from: its own, or the training part when a test split is to be held out.
 
     `parts` maps the data set's own split names to whatever stands for them; `where` names it in errors.
-    Raises `MezzotintError` when there is no such part, or when both ways to a test split are open.
+    Raises `NoSuchSplit` when there is no such part, `MezzotintError` when both ways to a test split are open.
     """
     check_split(split)
     own = {wanted: next((name for name in names if name in parts), None) for wanted, names in SPLIT_NAMES.items()}
@@ -34,7 +38,7 @@ def pick_split(parts: Mapping[str, T], split: str, test_fraction: float, where: 
     name = own[split] or (own["train"] if test_fraction else None)
     if name is None:
         hint = "; set data.test_fraction, for example to 0.1, to hold one out" if split == "test" else ""
-        raise MezzotintError(f"{where} has no {split} split, only {', '.join(parts)}{hint}")
+        raise NoSuchSplit(f"{where} has no {split} split, only {', '.join(parts)}{hint}")
     return parts[name]
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint.pipeline import build_backbone
-from mezzotint.recipe import Recipe, resolve
+from mezzotint.pipeline import build_backbone, build_denoiser
+from mezzotint.recipe import Recipe, override_recipe, resolve
+from mezzotint.samplers import SAMPLERS, Sampler
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,14 @@ def recipe_cost(recipe: Recipe) -> Cost:
         backbone = build_backbone(recipe)
         labels = torch.zeros(1, dtype=torch.int64) if recipe.backbone.num_classes else None
         return cost(backbone, (torch.zeros(1, *recipe.latent_shape), torch.zeros(1), labels))
+
+
+def sampling_evaluations(recipe: Recipe) -> dict[str, int | None]:
+    """Network evaluations of one image by each sampler, at the recipe's number of steps; a guided one runs it twice.
+
+    An SDE costs the same with any diffusion. None: the solver decides (ode-dopri5, whose steps are those it reports).
+    """
+    small = ["backbone.width=4", "backbone.depth=1", "backbone.heads=1", "backbone.num_classes=0"]
+    denoiser = build_denoiser(override_recipe(recipe, small))  # they depend on its interpolant and target alone
+    settings = recipe.sampling.model_dump()
+    return {name: Sampler.parse(settings | {"sampler": name}).evaluations(denoiser) for name in SAMPLERS}

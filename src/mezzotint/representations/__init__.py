@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from mezzotint.representations.kl import KLAutoencoder
+from mezzotint.errors import MezzotintError
+from mezzotint.representations.kl import KLAutoencoder, scaled_latents
 from mezzotint.representations.pixels import Pixels
 
-__all__ = ["KLAutoencoder", "Pixels", "Representation"]
+__all__ = ["KLAutoencoder", "Pixels", "Representation", "representation", "scaled_latents"]
 
 
 class Representation(Protocol):
@@ -21,3 +23,17 @@ class Representation(Protocol):
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor: ...
 
     def decode(self, x: Tensor) -> Tensor: ...
+
+
+def representation(
+    name: str, *, path: str | None = None, device: torch.device | str = "cpu", **settings: Any
+) -> Representation:
+    """The representation `name`, pixels or kl, on `device`; `settings` are those of `KLAutoencoder`.
+
+    Raises `MezzotintError` for a kl without a path, and as `KLAutoencoder` does.
+    """
+    if name == "pixels":
+        return Pixels()
+    if path is None:
+        raise MezzotintError("representation.path must name the autoencoder's folder or hub model")
+    return KLAutoencoder(path, device=device, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from mezzotint.data import Batch, BatchOrder, ImageDataset, ImageStream, iterate_batches
+from mezzotint.data import Batch, BatchOrder, CachedLatents, ImageDataset, ImageStream, iterate_batches
 from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
@@ -29,8 +30,11 @@ from mezzotint.randomness import generator_for
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
+from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
 from mezzotint.training.parallel import World, world
 from mezzotint.weightings import time_distribution, training_range, weighting
+
+logger = logging.getLogger("mezzotint")
 
 #: what a resumed run may change: how long it goes on, and how often it reports; nothing that a weight depends on
 MAY_CHANGE = (
@@ -66,21 +70,33 @@ def train(
         # ---------------------------------------------------------------------------------- data, model, optimizer
         train_set = recipe.data.load("train")
         test_set = recipe.data.load("test") if settings.validate_every else None
+        if recipe.init is not None:
+            recipe = take_classes(recipe, train_set.class_names)
         recipe = resolve(recipe, train_set)
         check_run(run, recipe, resume, here)
+        checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
+        step = (checkpoints.latest() or 0) if resume else 0
         pipeline = build(recipe, class_names=train_set.class_names, device=here.device)
+        if recipe.init is not None and not step:  # a checkpoint of this run has its own weights; init may be gone
+            for note in start_from(recipe.init, pipeline):
+                if here.is_main:
+                    logger.warning("%s: %s", recipe.init, note)
         denoiser = pipeline.denoiser.train()
-        representation = pipeline.representation
+        trained = choose_trainable(denoiser.backbone, settings, recipe.seed)
+        # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
+        encoder = train_set if isinstance(train_set, CachedLatents) else pipeline.representation
+        mirror = train_set.mirror if isinstance(train_set, CachedLatents) else flip
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
         averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)
-        averaged.representation = representation  # an autoencoder need not be in memory twice
+        if not isinstance(train_set, CachedLatents) or settings.sample_every:
+            averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
         objective = make_objective(recipe, denoiser)
         parallel_objective = here.wrap(objective)
         optimizer = torch.optim.AdamW(
-            backbone.parameters(),
+            [parameter for parameter in backbone.parameters() if parameter.requires_grad],
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -91,17 +107,13 @@ def train(
         # -------------------------------------------------------------------------------------------------- resume
         if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
             write_text(run / "recipe.yaml", recipe.to_yaml())
-        checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
-        step = (checkpoints.latest() or 0) if resume else 0
         if step:
             state = training_state(denoiser, optimizer, ema)
-            checkpoints.load(step, state)
+            checkpoints.load(step, state)  # the averages are filled in place
             set_state_dict(backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"])
-            for average, saved in zip(ema.modules, state["ema"], strict=True):
-                average.load_state_dict(saved)
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
-        if step and not quiet and here.is_main:
-            console.print(f"resuming {run} at step {step}")
+        if here.is_main and not quiet:
+            console.print(f"resuming {run} at step {step}, {trained}" if step else trained)
 
         def check(losses: list[Tensor], first: int) -> list[float]:
             """The global losses of the last steps as numbers; a non-finite one stops the run."""
@@ -114,7 +126,7 @@ def train(
         def save(step: int) -> None:
             checkpoints.save(step, training_state(denoiser, optimizer, ema))
             if here.is_main:
-                export(averaged.denoiser, ema, run, pipeline.class_names, step)
+                export(averaged, ema, run, step)
 
         # ---------------------------------------------------------------------------------------------------- loop
         order = BatchOrder.over(train_set, settings.batch_size, recipe.seed)
@@ -140,12 +152,12 @@ def train(
             draw = objective.draw(settings.batch_size, generator).rows(mine)
             images, labels = to_device(batch, here.device)
             if recipe.data.flip:
-                images = flip(images, flips)
+                images = mirror(images, flips)
             latent_eps = None
-            if representation.stochastic:
+            if encoder.stochastic:
                 shape = (settings.batch_size, *denoiser.in_shape)
                 latent_eps = torch.randn(shape, generator=generator, device=here.device)[mine]
-            x = representation.encode(images, latent_eps)
+            x = encoder.encode(images, latent_eps)
 
             set_lr(optimizer, settings, step)
             loss = torch.zeros((), device=here.device)
@@ -184,7 +196,8 @@ def train(
             if stop and not finished:
                 raise KeyboardInterrupt
         if not log.saw_steps and here.is_main:  # resumed after the end: make sure that the weights are there
-            export(averaged.denoiser, ema, run, pipeline.class_names, step)
+            export(averaged, ema, run, step)
+    averaged.denoiser.backbone = merged(averaged.denoiser.backbone)
     averaged.denoiser.eval()
     return averaged
 
@@ -287,22 +300,28 @@ def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EM
     return {
         "backbone": backbone,
         "optimizer": optimizer_state,
-        "ema": [average.state_dict() for average in ema.modules],
+        "ema": ema.averages,
     }
 
 
-def export(denoiser: Denoiser, ema: EMA[Denoiser], run: Path, class_names: tuple[str, ...], step: int) -> None:
-    """Write model.safetensors (the first average, or the weights themselves without one) and the further averages."""
-    metadata = {"step": str(step), "class_names": json.dumps(list(class_names))}
-    save_weights(denoiser.backbone, run / "model.safetensors", metadata)
+def export(pipeline: Pipeline, ema: EMA[Denoiser], run: Path, step: int) -> None:
+    """Write model.safetensors (the first average, or the weights themselves without one) and the further averages.
+
+    LoRA is merged into them; adapter/ holds that of model.safetensors alone.
+    """
+    metadata = {"step": str(step), "class_names": json.dumps(list(pipeline.class_names))}
+    backbone = pipeline.denoiser.backbone
+    save_weights(merged(backbone), run / "model.safetensors", metadata)
+    save_adapter(backbone, run / "adapter", pipeline.recipe.init)
     for decay, average in list(zip(ema.decays, ema.modules, strict=True))[1:]:
-        save_weights(average.backbone, run / f"model-ema-{decay}.safetensors", metadata)
+        save_weights(merged(average.backbone), run / f"model-ema-{decay}.safetensors", metadata)
 
 
 @torch.no_grad()
 def validation_loss(recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | ImageStream) -> float:
     """The objective's mean over (up to 2,048 of) the held-out examples, with the same noise every time."""
     objective = make_objective(recipe, pipeline.denoiser)
+    encoder = dataset if isinstance(dataset, CachedLatents) else pipeline.representation
     count = VALIDATION_EXAMPLES if isinstance(dataset, ImageStream) else min(len(dataset), VALIDATION_EXAMPLES)
     batch_size = min(256, count)
     order = BatchOrder.over(dataset, batch_size, 0)
@@ -310,7 +329,7 @@ def validation_loss(recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | 
     for step, batch in enumerate(iterate_batches(dataset, order, start_step=0, stop_step=count // batch_size)):
         generator = generator_for(0, VALIDATION, step, device=pipeline.device)
         images, labels = to_device(batch, pipeline.device)
-        x = pipeline.representation.encode(images)
+        x = encoder.encode(images)
         losses.append(objective(x, labels, objective.draw(len(x), generator))["loss"])
     return torch.cat(losses).mean().item()
 

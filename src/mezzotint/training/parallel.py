@@ -56,9 +56,14 @@ class World:
             dist.barrier()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and the number of processes, as torchrun tells; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_main_process() -> bool:
     """Whether this is the only process, or torchrun's first."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank_and_size()[0] == 0
 
 
 def choose_device(name: str = "auto") -> torch.device:

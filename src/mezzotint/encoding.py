@@ -1,0 +1,67 @@
+"""A recipe's images encoded once into a folder of latents, for training with `data=latents:FOLDER`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mezzotint.data import ImageDataset, ImageStream
+from mezzotint.data.latents import SHARD_SIZE, SPLITS, encode_dataset
+from mezzotint.data.splits import NoSuchSplit
+from mezzotint.errors import MezzotintError
+from mezzotint.recipe import Recipe
+from mezzotint.representations import KLAutoencoder, representation
+from mezzotint.training.parallel import choose_device
+
+
+def encode(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    splits: Sequence[str] | None = None,
+    dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = 32,
+    device: str = "auto",
+    progress: bool = True,
+) -> Path:
+    """Encode `recipe.data` by `recipe.representation` into the folder `out`; see `encode_dataset`. Returns the folder.
+
+    splits: "train", "test"; None is train, and test where the data set has one. data.workers processes decode images.
+    Started by torchrun, the processes share the files. Raises `MezzotintError` for a representation without an
+    autoencoder, and as loading the data and `encode_dataset` do.
+    """
+    if recipe.representation.name != "kl":
+        raise MezzotintError(
+            f"the representation {recipe.representation.name!r} has no latents to encode; set representation=kl and "
+            "representation.path to an autoencoder"
+        )
+    if splits is not None and not splits:
+        raise MezzotintError("splits names no split; expected train, test or both")
+    datasets: dict[str, ImageDataset | ImageStream] = {}
+    for split in SPLITS if splits is None else splits:
+        try:
+            datasets[split] = recipe.data.load(split)
+        except NoSuchSplit:
+            if splits is not None or split == "train":
+                raise
+    # The processes never meet, so they are only counted, not joined: one may finish hours before another.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    autoencoder = representation(**recipe.representation.model_dump(), device=choose_device(device))
+    assert isinstance(autoencoder, KLAutoencoder)
+    for split, dataset in datasets.items():
+        encode_dataset(
+            dataset,
+            autoencoder,
+            out,
+            split,
+            dtype=dtype,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            workers=recipe.data.workers,
+            progress=progress and rank == 0,
+        )
+    return Path(out)

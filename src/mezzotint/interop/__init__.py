@@ -1,0 +1,229 @@
+"""Other people's checkpoints, and ours for other people: official .pt, diffusers folders, safetensors, run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mezzotint import pipeline
+from mezzotint.denoiser import Denoiser
+from mezzotint.errors import MezzotintError, closest
+from mezzotint.interop import diffusers, hub, official
+from mezzotint.interop.checkpoint import Checkpoint, Network, check, empty_backbone, parse_header, save_tensors
+from mezzotint.interpolants import interpolant
+from mezzotint.pipeline import Pipeline, read_tensors
+from mezzotint.recipe import Recipe, load_recipe
+
+__all__ = ["Checkpoint", "convert", "load", "read_checkpoint"]
+
+Format = Literal["run", "diffusers", "official"]
+
+
+def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights: str = "model") -> Checkpoint:
+    """The weights in `source`, whatever wrote them, and what they mean.
+
+    source: a run folder (`weights`.safetensors of it), a .safetensors file, a .pt or .pth of the official DiT or SiT
+    code, a folder of diffusers' DiTPipeline or DiTTransformer2DModel, or the Hugging Face hub's name of such a folder.
+    recipe: what the weights mean, where the file does not say it or is wrong; its sizes are replaced by the file's.
+    Nothing in a file is run. Raises `MezzotintError` where a file is damaged, not a network of ours, or ambiguous.
+    """
+    path = locate(source)
+    if (path / "recipe.yaml").is_file():
+        file = path / f"{weights}.safetensors"
+        if not file.is_file():
+            there = ", ".join(sorted(other.stem for other in path.glob("*.safetensors"))) or "none yet"
+            raise MezzotintError(f"run {path} has no weights {weights!r}; it has: {there}")
+        return _read_ours(file, *read_tensors(file), recipe, load_recipe(path))
+    if weights != "model":
+        raise MezzotintError(f"weights {weights!r} are a run folder's, which {source} is not; leave them out")
+    if path.is_dir():
+        if not diffusers.is_folder(path):
+            raise MezzotintError(
+                f"{path} is not a run folder: it has no recipe.yaml; nor one of diffusers, with a model_index.json or "
+                "config.json (train a run with 'mezzotint train')"
+            )
+        return diffusers.read_folder(path, recipe)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, recipe)
+    if path.suffix in official.SUFFIXES:
+        if path.name.startswith(diffusers.WEIGHTS):
+            return diffusers.read_folder(path.parent, recipe)
+        return official.read_official(path, recipe)
+    raise MezzotintError(f"{path} is no checkpoint; expected .safetensors, {', '.join(official.SUFFIXES)} or a folder")
+
+
+def load(
+    source: str | Path,
+    *,
+    recipe: Recipe | str | None = None,
+    weights: str = "model",
+    device: torch.device | str = "cpu",
+) -> Pipeline:
+    """The pipeline of any checkpoint that `read_checkpoint` reads, in float32 and evaluation mode on `device`.
+
+    recipe: a recipe, its name or its file, for what the file does not tell; the file's network must be the recipe's.
+    Raises `MezzotintError` as `read_checkpoint` does, and where the two differ.
+    """
+    path = locate(source)
+    if recipe is None and (path / "recipe.yaml").is_file():
+        return pipeline.load(path, weights=weights, device=device)
+    asked = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    checkpoint = read_checkpoint(path, asked, weights=weights)
+    loaded = checkpoint.recipe
+    if asked is not None:
+        _refuse_other_sizes(asked, checkpoint)
+    elif loaded.representation.name == "kl" and (path / "vae" / "config.json").is_file():
+        # The autoencoder beside the network, rather than the place that its recipe knew it at.
+        representation = loaded.representation.model_copy(update={"path": str(path / "vae")})
+        loaded = loaded.model_copy(update={"representation": representation})
+    backbone = empty_backbone(loaded)
+    # Copies, because a tensor of a mapped file changes with the file.
+    tensors = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in checkpoint.tensors.items()}
+    backbone.load_state_dict(tensors, assign=True)
+    settings = loaded.interpolant.model_dump()
+    denoiser = Denoiser(
+        backbone,
+        interpolant(settings.pop("name"), **settings),
+        loaded.target,
+        learned_variance=loaded.variance == "learned",
+        time_input=loaded.time_input,
+    )
+    return Pipeline(loaded, denoiser.eval(), checkpoint.class_names)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Format = "run",
+    recipe: Recipe | None = None,
+    weights: str = "model",
+    vae: str | None = None,
+) -> Path:
+    """Write the checkpoint `source` in another format to the new place `out`, and return that. No bit is lost.
+
+    to: "run", a run folder; "diffusers", a folder that DiTPipeline.from_pretrained opens; "official", a .pt for the
+    official code. vae: diffusers: folder or hub name of the autoencoder to copy in (None: the recipe's).
+    Raises `MezzotintError` as `read_checkpoint` does, where `out` is taken, and where a format cannot express a model.
+    """
+    out = Path(out)
+    if to not in get_args(Format):
+        raise MezzotintError(f"format {to!r} is unknown; {closest(str(to), get_args(Format))}")
+    if vae is not None and to != "diffusers":
+        raise MezzotintError(f"vae means nothing for the format {to!r}; leave it out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())) or (out.is_dir() and to == "official"):
+        raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
+    checkpoint = read_checkpoint(source, recipe, weights=weights)
+    if to == "official":
+        official.write_official(checkpoint, out)
+        return out
+    with _new_folder(out) as folder:
+        if to == "diffusers":
+            diffusers.write_folder(checkpoint, folder, vae)
+        else:
+            (folder / "recipe.yaml").write_text(checkpoint.recipe.to_yaml(), encoding="utf-8")
+            header = {"format": "mezzotint", "class_names": json.dumps(checkpoint.class_names)}
+            save_tensors(checkpoint.tensors, folder / "model.safetensors", header)
+    return out
+
+
+def locate(source: str | Path) -> Path:
+    """The file or folder that `source` names, downloaded where it is a model of the Hugging Face hub.
+
+    Raises `MezzotintError` where there is none.
+    """
+    path, name = Path(source), str(source)
+    if path.exists():
+        return path
+    if not hub.is_name(name):
+        raise MezzotintError(
+            f"{source} is not a run folder, nor another checkpoint: there is no such file or folder here"
+        )
+    elsewhere = ["vae/*", "state/*"]  # what is needed later or never
+    folder = hub.snapshot(name, ["*.json", "*.yaml", "*.safetensors"], elsewhere)
+    home = folder / "transformer" if (folder / "model_index.json").is_file() else folder
+    return folder if any(home.glob("*.safetensors")) else hub.snapshot(name, ["*.json", "*.bin"], elsewhere)
+
+
+def _read_safetensors(path: Path, recipe: Recipe | None) -> Checkpoint:
+    """A lone safetensors file: a diffusers folder's by its names, ours by its header, else official."""
+    tensors, metadata = read_tensors(path)
+    if any(name.startswith("transformer_blocks.") for name in tensors):
+        return diffusers.read_folder(path.parent, recipe)
+    if metadata.get("format") != "mezzotint" and not metadata.keys() & {"class_names", "step"}:
+        return official.from_official(tensors, path, recipe)
+    beside = load_recipe(path.parent) if (path.parent / "recipe.yaml").is_file() else None
+    return _read_ours(path, tensors, metadata, recipe, beside)
+
+
+def _read_ours(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], recipe: Recipe | None, beside: Recipe | None
+) -> Checkpoint:
+    """What this library wrote: of the recipe `beside` it or in its header, or meaning what `recipe` says."""
+    stored, class_names = parse_header(metadata, str(path))
+    stored = beside or stored
+    if recipe is not None:
+        heads = None if stored is None else stored.backbone.heads
+        stored = Network.of(tensors, str(path)).fit(recipe, str(path), heads)
+    if stored is None:
+        raise MezzotintError(f"{path} does not say what its weights mean; give the recipe that they were trained with")
+    return check(Checkpoint(tensors, stored, class_names, str(path)))
+
+
+def _refuse_other_sizes(asked: Recipe, checkpoint: Checkpoint) -> None:
+    """Raise `MezzotintError` where the recipe that was asked for describes another network than the file holds."""
+    here, there = _sizes(asked), _sizes(checkpoint.recipe)
+    if asked.backbone.num_classes is None:
+        del here["backbone.num_classes"]
+    if other := [key for key, value in here.items() if there[key] != value]:
+        has = ", ".join(f"{key} {there[key]}" for key in other)
+        says = ", ".join(str(here[key]) for key in other)
+        raise MezzotintError(
+            f"{checkpoint.source} has {has}, where recipe {asked.name!r} says {says}; leave the recipe out where the "
+            "file says what it is, or change it to fit"
+        )
+
+
+def _sizes(recipe: Recipe) -> dict[str, Any]:
+    """What a network's tensors depend on, as far as a file can contradict it."""
+    keys = ("depth", "width", "heads", "patch_size", "conditioning", "num_classes")
+    sizes: dict[str, Any] = {f"backbone.{key}": getattr(recipe.backbone, key) for key in keys}
+    return sizes | {
+        "hidden MLP channels": int(recipe.backbone.width * recipe.backbone.mlp_ratio),
+        "an input of": "{} × {} × {}".format(*recipe.latent_shape),
+        "a learned variance": "yes" if recipe.variance == "learned" else "no",
+    }
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to fill; becomes `out` on success, and is removed on failure.
+
+    Raises `MezzotintError` where the disk is full, read-only or not ours to write.
+    """
+    place = out.resolve()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        if place.is_dir():  # empty, or it would have been refused
+            place.rmdir()
+        os.replace(temporary, place)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MezzotintError(f"cannot write {out}: {reason}; free some space or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

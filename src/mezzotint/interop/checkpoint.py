@@ -1,0 +1,235 @@
+"""What every checkpoint becomes when it is read, and what its tensors alone tell about the network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mezzotint.backbones import DIT_CONFIGS
+from mezzotint.backbones.layers import position_table
+from mezzotint.errors import MezzotintError
+from mezzotint.pipeline import build_backbone, load_tensors
+from mezzotint.recipe import Recipe, load_recipe, recipe_names
+
+# How far a position table may lie from the sine-cosine one; in half precision, its own rounding.
+POSITION_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights under this library's names and conventions, and the recipe that says what they mean.
+
+    `tensors` are named as the backbone's state_dict and keep the file's dtype. `recipe` has the network's sizes as the
+    tensors have them. `source` names the file in messages.
+    """
+
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """A DiT's sizes, read from the shapes of its tensors."""
+
+    width: int
+    depth: int
+    patch_size: int
+    hidden: int
+    """Hidden width of a block's MLP."""
+    num_classes: int
+    conditioning: str
+    channels: int
+    size: int
+    """Side of the square input, in pixels or latent positions."""
+    doubled: bool
+    """Whether the output has twice the input's channels."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], source: str) -> Network:
+        """The network of tensors under the official names. Raises `MezzotintError` where they are no DiT's."""
+
+        def shape(name: str, dimensions: int) -> tuple[int, ...]:
+            if name not in tensors or tensors[name].ndim != dimensions:
+                held = f"{tuple(tensors[name].shape)} for {name!r}" if name in tensors else f"no tensor {name!r}"
+                names = ", ".join(list(tensors)[:4]) or "nothing"
+                raise MezzotintError(
+                    f"{source} is not a DiT or SiT: it has {held} (of {len(tensors)} tensors: {names}, …); expected "
+                    "the names of the official models.py"
+                )
+            return tuple(tensors[name].shape)
+
+        width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+        _, tokens, _ = shape("pos_embed", 3)
+        rows, _ = shape("final_layer.linear.weight", 2)
+        outputs, side = rows / patch**2, isqrt(tokens)
+        if side**2 != tokens:
+            raise MezzotintError(f"{source} has {tokens} positions, which make no square; a recipe's input is square")
+        if outputs not in (channels, 2 * channels):
+            raise MezzotintError(
+                f"{source} puts out {outputs:g} channels for {channels}; expected {channels}, or {2 * channels} with a "
+                "variance"
+            )
+        return cls(
+            width=width,
+            depth=1 + max((int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1),
+            patch_size=patch,
+            hidden=shape("blocks.0.mlp.fc1.weight", 2)[0],
+            num_classes=max(0, len(tensors.get("y_embedder.embedding_table.weight", ())) - 1),
+            conditioning=_conditioning(tensors, width),
+            channels=channels,
+            size=side * patch,
+            doubled=outputs == 2 * channels,
+        )
+
+    @cached_property
+    def published(self) -> str | None:
+        """The name of the published configuration with these sizes."""
+        sizes = {"depth": self.depth, "width": self.width, "patch_size": self.patch_size}
+        return next((name for name, config in DIT_CONFIGS.items() if sizes.items() <= config.items()), None)
+
+    @cached_property
+    def heads(self) -> int | None:
+        """Attention heads of the published networks of this depth and width; no shape tells them."""
+        return next(
+            (c["heads"] for c in DIT_CONFIGS.values() if (c["depth"], c["width"]) == (self.depth, self.width)), None
+        )
+
+    def fit(self, recipe: Recipe, source: str, heads: int | None = None) -> Recipe:
+        """`recipe` with its sizes replaced by this network's.
+
+        `heads`, where the file says them, are taken; otherwise the recipe's, if it is of this depth and width or these
+        are no published ones, otherwise the published ones.
+        """
+        values = recipe.model_dump()
+        backbone, representation = values["backbone"], values["representation"]
+        if heads is None and self.heads and (backbone["depth"], backbone["width"]) != (self.depth, self.width):
+            heads = self.heads
+        ratio = backbone["mlp_ratio"]
+        if int(self.width * ratio) != self.hidden:
+            ratio = self.hidden / self.width
+            if int(self.width * ratio) != self.hidden:  # the quotient was rounded down
+                ratio = (self.hidden + 0.5) / self.width
+        backbone |= {
+            "patch_size": self.patch_size,
+            "width": self.width,
+            "depth": self.depth,
+            "heads": heads or backbone["heads"],
+            "mlp_ratio": ratio,
+            "num_classes": self.num_classes,
+            "conditioning": self.conditioning,
+        }
+        if representation["name"] == "pixels":
+            if self.channels not in (1, 3):
+                raise MezzotintError(
+                    f"{source} works on {self.channels} channels and recipe {recipe.name!r} on pixels; give a recipe "
+                    "on latents (representation=kl)"
+                )
+            values["data"] |= {"channels": self.channels, "size": self.size}
+        else:
+            representation["channels"] = self.channels
+            values["data"]["size"] = self.size * representation["stride"]
+        if not self.doubled:
+            values["variance"] = "none"
+        elif recipe.variance == "none":
+            values["variance"] = "unused"  # the recipe knows of no variance, so none is what the second half means
+        if not self.num_classes:
+            values["guidance"] |= {"scale": 1.0}
+        return Recipe.parse(values)
+
+
+def _conditioning(tensors: Mapping[str, Tensor], width: int) -> str:
+    """The design of the blocks, by what the first one has (DiT, section 3.2)."""
+    if (regressed := tensors.get("blocks.0.adaLN_modulation.1.weight")) is not None:
+        return "adaln" if len(regressed) == 4 * width else "adaln-zero"
+    return "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
+
+
+def empty_backbone(recipe: Recipe) -> nn.Module:
+    """The recipe's network without memory for its weights, and so without the time that initialising them takes."""
+    with torch.device("meta"):
+        return build_backbone(recipe)
+
+
+def check(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, if its tensors are all that its recipe's network needs and nothing else.
+
+    Raises `MezzotintError` with the list of what is missing, unexpected or misshapen, and for quantised weights.
+    """
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in checkpoint.tensors.items()}
+    load_tensors(empty_backbone(checkpoint.recipe), shapes, checkpoint.source)
+    if other := next((name for name, tensor in shapes.items() if not tensor.is_floating_point()), None):
+        raise MezzotintError(
+            f"{other} in {checkpoint.source} has dtype {shapes[other].dtype}, expected floating point; quantised "
+            "weights are not supported"
+        )
+    return checkpoint
+
+
+def check_positions(table: Tensor, source: str) -> None:
+    """Raise `MezzotintError` unless `table` (1, T, width) is the fixed sine-cosine one, to its own precision."""
+    side = isqrt(table.shape[1])
+    error = (table[0].float() - position_table(table.shape[2], side, side)).abs().max()
+    if not error <= max(POSITION_TOLERANCE, torch.finfo(table.dtype).eps):  # a NaN fails too
+        raise MezzotintError(
+            f"pos_embed in {source} is not the sine-cosine table (off by up to {error:.2g}): trained or interpolated "
+            "positions are not supported"
+        )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Raises `OSError` for a full disk."""
+    # Copies: in a safetensors file no two tensors may share memory, as parts of a mapped one do.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | None, tuple[str, ...]]:
+    """The recipe and the classes' names in a safetensors header, where it has them."""
+    try:
+        names = tuple(map(str, json.loads(metadata.get("class_names", "[]"))))
+        values = yaml.safe_load(metadata["recipe"]) if "recipe" in metadata else None
+    except (ValueError, TypeError, yaml.YAMLError):
+        raise MezzotintError(f"the header of {source} is damaged; take another checkpoint or copy it again") from None
+    return None if values is None else Recipe.parse(values), names
+
+
+def family_recipe(family: str, network: Network, path: Path, heads: int | None = None) -> Recipe:
+    """What a published family, "dit" or "sit", means: the shipped recipe of the network's sizes, or one like it.
+
+    Raises `MezzotintError` where that leaves something open: the number of heads, or the space of the inputs.
+    """
+    if not (heads or network.heads):
+        raise MezzotintError(
+            f"the number of attention heads cannot be read from {path} (depth {network.depth} and width "
+            f"{network.width} are no published sizes); give a recipe that says backbone.heads"
+        )
+    pixels = network.channels in (1, 3)
+    if not pixels and network.channels != 4:
+        raise MezzotintError(
+            f"{path} works on {network.channels} channels, neither latents of 4 nor pixels of 1 or 3; give a recipe "
+            "that says representation"
+        )
+    published = f"{network.published}-{8 * network.size}".replace("dit", family, 1)
+    if published in recipe_names() and not pixels and network.num_classes == 1000:
+        return load_recipe(published)
+    values = load_recipe(f"{family}-xl-2-256").model_dump()
+    values |= {"name": path.stem, "description": f"Read from {path.name}.", "guidance": {}}
+    if pixels:
+        values["representation"] = {"name": "pixels"}
+    return Recipe.parse(values)

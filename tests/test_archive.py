@@ -1,0 +1,166 @@
+"""Many samples into one .npz: exactly those of `sample`, whatever was killed and however many processes there were."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mezzotint
+from mezzotint import archive
+from mezzotint.archive import read_npz_images, sample_to_npz
+from mezzotint.data.transforms import to_uint8
+from mezzotint.errors import MezzotintError
+from mezzotint.recipe import Recipe, override_recipe
+
+
+@pytest.fixture
+def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
+    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return made
+
+
+def expected(pipeline: mezzotint.Pipeline, count: int, seed: int = 0) -> np.ndarray:
+    return to_uint8(mezzotint.sample(pipeline, [3, 8], count, seed=seed)).permute(0, 2, 3, 1).numpy()
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for pixels that lay on the edge between two levels: other batches round otherwise."""
+    apart = np.abs(a.astype(int) - b.astype(int))
+    return bool(apart.max() <= 1 and (apart > 0).mean() < 0.01)
+
+
+def test_layout(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    """ADM's: arr_0 uint8 (N, H, W, 3) and arr_1 labels, exactly N of them, readable without pickle."""
+    path = sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 23, batch_size=5)
+    with np.load(path, allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (23, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [3] * 12 + [8] * 11
+    assert close(images, expected(pipeline, 23).repeat(3, -1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz", "s.npz.json"]
+    some = read_npz_images(path, [0, 7, 22])
+    assert np.array_equal(to_uint8(some).permute(0, 2, 3, 1).numpy(), images[[0, 7, 22]])
+    note = json.loads((tmp_path / "s.npz.json").read_text())
+    assert (note["count"], note["seed"], note["recipe"]["sampling"]["steps"]) == (23, 0, 3)
+
+
+def test_unconditional_has_no_labels(tiny: Recipe, tmp_path: Path) -> None:
+    plain = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=0"]))
+    with np.load(sample_to_npz(plain, tmp_path / "s.npz", None, 3)) as file:
+        assert file.files == ["arr_0"]
+
+
+def test_finished_is_left_alone(pipeline: mezzotint.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sample_to_npz(pipeline, tmp_path / "s.npz", [3], 6)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    monkeypatch.setattr(archive, "sample_batches", None)
+    sample_to_npz(pipeline, path, [3], 6)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_processes_share_the_parts(
+    pipeline: mezzotint.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    """Whichever process is first; the first one waits for the others' parts."""
+
+    def others(_: float) -> None:
+        for rank in order:
+            if rank:
+                sample_to_npz(pipeline, path, [3, 8], 23, batch_size=4, rank=rank, world_size=3)
+
+    path = tmp_path / "s.npz"
+    monkeypatch.setattr(archive.time, "sleep", others)
+    for rank in order:
+        sample_to_npz(pipeline, path, [3, 8], 23, batch_size=4, rank=rank, world_size=3)
+    assert close(np.load(path)["arr_0"], expected(pipeline, 23).repeat(3, -1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz", "s.npz.json"]
+
+
+def test_a_killed_run_goes_on(pipeline: mezzotint.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another batch size and number of processes; what was drawn is kept."""
+    drawn: list[int] = []
+    original = archive.sample_batches
+
+    def dying(pipeline, labels, indices, **options):  # type: ignore[no-untyped-def]
+        if len(drawn) == 12 and not survives:
+            raise KeyboardInterrupt
+        drawn.extend(indices)
+        return original(pipeline, labels, indices, **options)
+
+    survives = False
+    monkeypatch.setattr(archive, "sample_batches", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 30, batch_size=6)
+    assert not (tmp_path / "s.npz").exists()
+    survives = True
+    for rank in (1, 0):
+        sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 30, batch_size=100, rank=rank, world_size=2)
+    assert sorted(drawn) == list(range(30)), "each image once"
+    assert close(np.load(tmp_path / "s.npz")["arr_0"], expected(pipeline, 30).repeat(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"classes": [4]}, "labels"),
+        ({"count": 31}, "count, labels"),
+        ({"weights": 1}, "weights"),
+    ],
+)
+def test_a_begun_run_is_not_mixed_with_another(
+    pipeline: mezzotint.Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, int],
+    word: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "sample_batches", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 30)
+    if change.pop("weights", 0):
+        with torch.no_grad():
+            next(pipeline.denoiser.parameters()).add_(1)
+    arguments = {"classes": [3, 8], "count": 30} | change
+    with pytest.raises(MezzotintError, match=rf"s.npz.parts holds part of a run with other settings \({word}\)"):
+        sample_to_npz(pipeline, tmp_path / "s.npz", **arguments)  # type: ignore[arg-type]
+
+
+def test_torchrun_and_a_kill(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    """As a user does it: two processes by torchrun, killed as soon as one part is there, and the same command again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(pipeline.recipe.to_yaml())
+    mezzotint.pipeline.save_weights(pipeline.denoiser.backbone, run / "model.safetensors", {})
+    npz = tmp_path / "s.npz"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["mezzotint.cli", "sample", str(run), "--classes", "3, 8", "--count", "60", "--batch-size", "4"]
+    command += ["--npz", str(npz), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("s.npz.parts/0*.npy")):
+        pass
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert close(np.load(npz)["arr_0"], expected(pipeline, 60).repeat(3, -1))
+    assert (run / "samples.png").is_file()
+    assert not (tmp_path / "s.npz.parts").exists()

@@ -1,0 +1,822 @@
+"""Other people's checkpoints: read, written, sampled; against the official networks' numbers and diffusers itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mezzotint
+from mezzotint.backbones import DIT_CONFIGS
+from mezzotint.errors import MezzotintError
+from mezzotint.guidance import ConditionalModel, Guidance
+from mezzotint.interop import Checkpoint, convert, load, read_checkpoint
+from mezzotint.interop.checkpoint import Network, empty_backbone, family_recipe
+from mezzotint.interop.diffusers import scheduler_config
+from mezzotint.interpolants import interpolant
+from mezzotint.pipeline import Pipeline, build, save_weights
+from mezzotint.recipe import Recipe, load_recipe, override_recipe
+from mezzotint.samplers import Sampler
+
+SIZES = [
+    "data.size=32",
+    "backbone.width=16",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "backbone.num_classes=3",
+    "representation.path=null",
+]
+
+# The official networks' answers (models.py of facebookresearch/DiT and of willisma/SiT with timm 1.0.31, float32) for
+# the weights that `fill` gives them and `x`: DiT at step 250 of class 1, SiT at its time 0.3 of class 2.
+OFFICIAL_DIT = """
+    -3.927664 -1.134126 -4.746130 -1.711849  0.969759  1.483863  1.415102  1.820334
+    -4.970140 -1.956866 -5.016981 -2.102942  1.602534  1.942176  1.462762  0.753431
+    -2.057858 -0.569262 -2.042004 -1.229311  1.437743 -0.381695  2.040334 -0.135494
+    -2.160495 -0.776022 -1.753624 -0.713701  1.678489 -0.020281  1.852871  0.060075
+    -1.344778 -0.362841 -2.127876  0.092854  0.822434 -1.758248  1.420120 -2.323603
+    -2.276041 -0.027893 -1.555305 -0.320552  1.277360 -2.043594  0.802727 -1.596173
+     0.830367  1.612907  0.996173  1.971795  0.420238 -0.398047  0.230995 -0.545534
+     1.180929  2.159624  1.827701  1.342401  0.193096 -0.456765 -0.156126 -0.397936
+    -1.165398  0.704416 -1.365605  1.022974 -3.131443 -0.464492 -2.967674 -0.484313
+    -1.317547  1.021395 -1.521352  1.367751 -3.273662 -0.281353 -2.902670  0.032196
+     0.160249  0.328389  0.453152 -0.802111  4.039451 -1.182533  3.948025 -1.896015
+     0.544173 -0.694012  0.424997 -0.340418  4.038793 -2.121448  4.889752 -1.893862
+    -3.941992  1.030580 -3.430041  0.991939  1.444574 -1.382216  0.422512 -1.961412
+    -3.497037  1.148728 -4.936154  0.653023  0.561051 -2.153899  1.127959 -1.040522
+    -0.049208 -0.709623  0.077938 -1.306541  1.064908  0.780953  1.096929  0.522709
+    -0.103149 -1.460665  0.553021 -0.795346  1.204198  0.707827  0.843524  0.408117
+"""
+OFFICIAL_SIT = """
+    -4.081459 -1.676277 -3.911080 -0.792126  0.666960  0.872920 -0.563033  1.527868
+    -4.101661 -1.093608 -4.524440 -1.820304 -0.140733  1.693647  0.287955  0.273201
+    -1.619067 -1.359987 -1.537265 -1.838252  3.049688 -0.053640  3.492677 -0.077259
+    -1.438862 -1.602753 -1.422993 -1.245142  3.181349  0.237091  3.210487 -0.046670
+    -0.615086 -0.268061 -1.867458 -0.692797  0.022128 -0.774323 -0.295397 -1.945690
+    -1.940792 -0.486666 -0.866118 -0.792125 -0.222487 -1.633229 -0.420728 -0.904621
+     1.159028  0.758611  0.498962  0.576344  0.307523 -0.300683  0.697665 -0.841369
+     0.669395  0.774579  1.689746  0.399237  0.543915 -0.696345 -0.053213 -0.430480
+"""
+
+REMEDY = "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
+
+
+def numbers(text: str) -> Tensor:
+    return torch.tensor([float(value) for value in text.split()])
+
+
+def fill(parameters: Iterable[Tensor]) -> None:
+    """Dense, reproducible values in [-0.3, 0.3] that depend on nothing but a parameter's place in the list."""
+    with torch.no_grad():
+        for k, parameter in enumerate(parameters):
+            n = torch.arange(parameter.numel(), dtype=torch.float64)
+            parameter.copy_(0.3 * torch.cos(k + n**1.5).view_as(parameter))
+
+
+def latents() -> Tensor:
+    return torch.arange(64.0).cos().view(1, 4, 4, 4)
+
+
+def recipe(name: str = "dit", *changes: str) -> Recipe:
+    """The published recipe of a family, with a network of a few thousand weights on 4 × 4 latents."""
+    return load_recipe(f"{name}-xl-2-256", [*SIZES, *changes])
+
+
+def made(words: Recipe, names: tuple[str, ...] = ("cat", "dog", "owl")) -> Pipeline:
+    pipeline = build(words, class_names=names)
+    fill(pipeline.denoiser.parameters())
+    return pipeline
+
+
+def run_of(pipeline: Pipeline, folder: Path, **metadata: str) -> Path:
+    """A run folder, as training leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(pipeline.recipe.to_yaml())
+    metadata = {"step": "6", "class_names": json.dumps(pipeline.class_names)} | metadata
+    save_weights(pipeline.denoiser.backbone, folder / "model.safetensors", metadata)
+    return folder
+
+
+def official(path: Path, words: Recipe | None = None, **around: Any) -> Path:
+    """A file of the official code: its tensors have our names. The weights are `fill`'s, as the reference's were."""
+    tensors = dict(made(words or recipe()).denoiser.backbone.state_dict())
+    torch.save({"ema": tensors, **around} if around else tensors, path)
+    return path
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that cannot be reached."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+# ------------------------------------------------------------------------------------------------- official networks
+
+
+@torch.no_grad()
+def test_an_official_dit_file_gives_the_official_output(tmp_path: Path) -> None:
+    pipeline = load(official(tmp_path / "DiT.pt"), recipe=recipe())
+    expected = numbers(OFFICIAL_DIT).view(1, 8, 4, 4)
+    prediction = pipeline.denoiser(latents(), torch.tensor([251 / 1000]), torch.tensor([1]))
+    assert prediction.variance is not None
+    got = torch.cat([prediction.noise, prediction.variance], dim=1)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not pipeline.denoiser.training
+
+
+@pytest.mark.parametrize("t", [0.7, torch.tensor([0.7])])
+@torch.no_grad()
+def test_an_official_sit_file_gives_the_official_velocity_turned_round(t: float | Tensor, tmp_path: Path) -> None:
+    pipeline = load(official(tmp_path / "SiT.pt", recipe("sit")), recipe=recipe("sit"))
+    expected = -numbers(OFFICIAL_SIT).view(1, 4, 4, 4)
+    got = pipeline.denoiser(latents(), t, torch.tensor([2])).velocity
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_safetensors_file_without_our_header_has_the_official_sign(tmp_path: Path) -> None:
+    pipeline = made(recipe("sit"))
+    run = run_of(pipeline, tmp_path / "run")
+    theirs, ours = tmp_path / "SiT.safetensors", run / "model.safetensors"
+    save_file(tensors_of(run), theirs, {"format": "pt"})
+    turned = read_checkpoint(theirs, recipe("sit")).tensors
+    for name, tensor in read_checkpoint(ours).tensors.items():
+        assert torch.equal(turned[name], -tensor if name.startswith("final_layer.linear") else tensor)
+
+
+def test_a_training_checkpoint_gives_its_average_and_says_what_it_was_trained_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2})
+    arguments = argparse.Namespace(model="SiT-T/2", path_type="GVP", prediction="score", lr=1e-4, ckpt=None)
+    average = dict(made(recipe()).denoiser.backbone.state_dict())
+    weights = average | {"final_layer.linear.bias": torch.ones(32)}
+    content = {"model": weights, "ema": average, "opt": {"state": {0: {"step": torch.ones(())}}}, "args": arguments}
+    torch.save(content, tmp_path / "0400000.pt")
+    checkpoint = read_checkpoint(tmp_path / "0400000.pt")
+    assert_same(checkpoint.tensors, average)  # a score keeps its sign
+    words = checkpoint.recipe
+    assert (words.interpolant.name, words.target, words.variance) == ("gvp", "score", "unused")
+    assert (words.time_input, words.backbone.heads, words.backbone.num_classes) == ((-1, 1), 2, 3)
+    assert words.latent_shape == (4, 4, 4)
+    del content["ema"]
+    torch.save(content, tmp_path / "0400000.pt")
+    assert_same(read_checkpoint(tmp_path / "0400000.pt").tensors, weights)
+
+
+@pytest.mark.parametrize("name", ["dit-s-8-256", "dit-b-4-256", "dit-l-2-256", "dit-xl-2-512", "sit-xl-2-256"])
+def test_published_sizes_are_recognised(name: str) -> None:
+    published = load_recipe(name)
+    network = Network.of(empty_backbone(published).state_dict(), "file")
+    found = family_recipe(name[:3], network, Path("file.pt"))
+    assert network.fit(found, "file") == published
+    assert network.fit(load_recipe("dit-xl-2-256"), "file").backbone == published.backbone
+
+
+def test_the_file_s_name_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2})
+    official(tmp_path / "DiT-T-2-32x32.pt")
+    words = load(tmp_path / "DiT-T-2-32x32.pt").recipe
+    assert (words.name, words.target, words.variance) == ("DiT-T-2-32x32", "noise", "learned")
+    assert (words.interpolant.name, words.time_input) == ("ddpm", (1000, -1))
+    assert words.guidance == Guidance()
+    (tmp_path / "DiT-T-2-32x32.pt").rename(tmp_path / "my_SiT.pth")
+    assert load(tmp_path / "my_SiT.pth").recipe.target == "velocity"
+    for ambiguous in ("model.pt", "edition.pt", "dit-or-sit.pt"):
+        shutil.copy(tmp_path / "my_SiT.pth", tmp_path / ambiguous)
+        with pytest.raises(MezzotintError, match=r"may be a DiT or a SiT.*or give a recipe"):
+            load(tmp_path / ambiguous)
+
+
+def test_pixels_and_other_sizes_are_inferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 1, "width": 20, "heads": 5, "patch_size": 2})
+    words = recipe(
+        "sit",
+        "representation={name: pixels, path: null, scale: null}",
+        "data.size=8",
+        "data.channels=3",
+        "backbone={width: 20, depth: 1, heads: 5, patch_size: 4, mlp_ratio: 2.35, num_classes: 7}",
+        "variance=none",
+    )
+    found = load(official(tmp_path / "sit.pt", words)).recipe
+    assert found.latent_shape == (3, 8, 8)
+    assert found.variance == "none"
+    assert int(20 * found.backbone.mlp_ratio) == 47
+    assert found.backbone.model_copy(update={"mlp_ratio": 2.35}) == words.backbone
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "cross-attention", "in-context"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_conditioning_designs_are_inferred(conditioning: str, classes: int, tmp_path: Path) -> None:
+    words = recipe("dit", f"backbone.conditioning={conditioning}", f"backbone.num_classes={classes}")
+    given = override_recipe(words, ["backbone.conditioning=adaln-zero", "backbone.num_classes=9"])
+    assert read_checkpoint(official(tmp_path / "dit.pt", words), given).recipe.backbone == words.backbone
+
+
+def test_names_of_parallel_and_compiled_networks(tmp_path: Path) -> None:
+    tensors = made(recipe()).denoiser.backbone.state_dict()
+    torch.save({f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "dit.pt")
+    assert_same(read_checkpoint(tmp_path / "dit.pt", recipe()).tensors, tensors)
+
+
+def test_loading_owns_its_memory_and_leaves_randomness_alone(tmp_path: Path) -> None:
+    file = official(tmp_path / "DiT.pt")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    pipeline = load(file, recipe=recipe())
+    assert torch.equal(torch.rand(4), expected)
+    with open(file, "r+b") as damaged:  # a mapped tensor would change with it
+        damaged.write(b"\0" * file.stat().st_size)
+    assert_same(pipeline.denoiser.backbone.state_dict(), dict(made(recipe()).denoiser.backbone.state_dict()))
+    assert all(parameter.requires_grad for parameter in pipeline.denoiser.parameters())
+    images = Sampler(sampler="ddim", steps=2).path(ConditionalModel(pipeline.denoiser), latents(), torch.Generator())
+    assert list(images)[-1].isfinite().all()
+
+
+def test_1000_classes_have_imagenet_s_names(tmp_path: Path) -> None:
+    words = recipe("dit", "backbone.num_classes=1000", "backbone.depth=1")
+    checkpoint = read_checkpoint(official(tmp_path / "dit.pt", words), words)
+    assert len(checkpoint.class_names) == 1000
+    assert checkpoint.class_names[207] == "golden retriever"
+
+
+# -------------------------------------------------------------------------------------------------- there and back
+
+ROUND_TRIPS = [  # a recipe, and the formats that can express it
+    (recipe("dit"), "run official diffusers"),
+    (recipe("sit"), "run official"),
+    (recipe("dit", "backbone.num_classes=0", "guidance={scale: 1, channels: null}"), "run diffusers"),
+    (recipe("dit", "backbone.num_classes=1000"), "run official diffusers"),
+    (recipe("dit", "variance=none", "interpolant=cosine", "target=v", "backbone.freq_shift=1"), "run diffusers"),
+    (recipe("dit", "variance=unused", "target=data", "training.lr=3e-4"), "run diffusers"),
+    (recipe("sit", "interpolant=vp", "target=noise", "variance=none"), "run official"),
+    (recipe("sit", "backbone.conditioning=in-context", "backbone.mlp_ratio=2.35"), "run"),
+]
+
+
+@pytest.mark.parametrize(("words", "to"), [(words, to) for words, formats in ROUND_TRIPS for to in formats.split()])
+def test_run_to_another_format_and_back_loses_nothing(words: Recipe, to: Any, tmp_path: Path) -> None:
+    names = tuple(f"class {i}" for i in range(words.backbone.num_classes or 0))
+    pipeline = made(words, names)
+    run = run_of(pipeline, tmp_path / "run")
+    other = convert(run, tmp_path / "other.pt", to=to)
+    back = convert(other, tmp_path / "back", recipe=words if to == "official" else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "other.pt", "run"]
+    assert_same(tensors_of(back), tensors_of(run))
+    assert load_recipe(back) == words
+    loaded = load(back)
+    if to != "official":  # which has no place for names
+        assert loaded.class_names == names
+    x, y = latents(), torch.zeros(1, dtype=torch.int64) if names else None
+    assert torch.equal(loaded.denoiser(x, 0.5, y).output, pipeline.denoiser(x, 0.5, y).output)
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in back.iterdir())  # under the usual umask
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_official_to_run_and_back_loses_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    words = recipe(family)
+    tensors = {name: tensor.to(dtype) for name, tensor in made(words).denoiser.backbone.state_dict().items()}
+    torch.save(tensors, tmp_path / f"{family}.pt")
+    run = convert(tmp_path / f"{family}.pt", tmp_path / "run", recipe=words)
+    back = convert(run, tmp_path / "back.pt", to="official")
+    assert_same(torch.load(back, weights_only=True), tensors)
+    assert back.stat().st_size < 1.2 * (tmp_path / f"{family}.pt").stat().st_size
+    if family == "dit":
+        folder = convert(back, tmp_path / "diffusers", to="diffusers", recipe=words)
+        assert_same(read_checkpoint(folder).tensors, tensors)
+        convert(folder, tmp_path / "again.pt", to="official")
+        assert_same(torch.load(tmp_path / "again.pt", weights_only=True), tensors)
+    for pipeline in (load(run), load(back, recipe=words)):
+        for name, tensor in pipeline.denoiser.backbone.state_dict().items():
+            sign = -1 if family == "sit" and name.startswith("final_layer.linear") else 1
+            assert torch.equal(tensor, sign * tensors[name].float())
+            assert tensor.dtype == torch.float32
+
+
+def test_a_run_s_other_weights(tmp_path: Path) -> None:
+    pipeline = made(recipe())
+    run = run_of(pipeline, tmp_path / "run")
+    (run / "model.safetensors").rename(run / "model-ema-0.9.safetensors")
+    with pytest.raises(MezzotintError, match=r"has no weights 'model'; it has: model-ema-0\.9"):
+        convert(run, tmp_path / "out")
+    convert(run, tmp_path / "out", weights="model-ema-0.9")
+    assert_same(tensors_of(tmp_path / "out"), dict(pipeline.denoiser.backbone.state_dict()))
+    with pytest.raises(MezzotintError, match="weights 'ema' are a run folder's"):
+        read_checkpoint(official(tmp_path / "dit.pt"), weights="ema")
+
+
+def test_a_run_loads_as_before_and_its_weights_alone_too(tmp_path: Path) -> None:
+    pipeline = made(recipe("sit"))
+    run = run_of(pipeline, tmp_path / "run")
+    for loaded in (load(run), load(run / "model.safetensors"), load(str(run), recipe=recipe("sit"))):
+        assert loaded.recipe == pipeline.recipe
+        assert loaded.class_names == pipeline.class_names
+        assert_same(loaded.denoiser.backbone.state_dict(), dict(pipeline.denoiser.backbone.state_dict()))
+    alone = tmp_path / "alone.safetensors"
+    shutil.move(run / "model.safetensors", alone)
+    with pytest.raises(MezzotintError, match="does not say what its weights mean; give the recipe"):
+        load(alone)
+    assert torch.equal(
+        load(alone, recipe=recipe("sit")).denoiser(latents(), 0.5).output,
+        pipeline.denoiser(latents(), 0.5).output,
+    )
+    save_weights(pipeline.denoiser.backbone, alone, {"recipe": pipeline.recipe.to_yaml()})
+    assert load(alone).recipe == pipeline.recipe
+
+
+def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
+    run = run_of(made(recipe()), tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for to, place in (("run", "full"), ("diffusers", "full"), ("official", "full"), ("official", "full/mine.txt")):
+        with pytest.raises(MezzotintError, match="exists already; choose another place"):
+            convert(run, tmp_path / place, to=to)  # type: ignore[arg-type]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    convert(run, tmp_path / "empty")
+    assert load(tmp_path / "empty").recipe == recipe()
+    with pytest.raises(MezzotintError, match=r"cannot write .*: (Not a directory|File exists)"):
+        convert(run, tmp_path / "full" / "mine.txt" / "out")
+    with pytest.raises(MezzotintError, match="format 'onnx' is unknown"):
+        convert(run, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
+    with pytest.raises(MezzotintError, match="vae means nothing for the format 'run'"):
+        convert(run, tmp_path / "out", vae="x")
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(made(recipe()), tmp_path / "run")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mezzotint.interop.checkpoint.save_file", full)
+    formats: list[Any] = ["run", "diffusers"]
+    for to in formats:
+        with pytest.raises(MezzotintError, match=r"cannot write .*out: No space left on device"):
+            convert(run, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+@pytest.mark.parametrize(
+    ("to", "words", "sentence"),
+    [
+        ("official", recipe("dit", "interpolant=cosine"), "official SiT code has no interpolant.name cosine, only linear or gvp or vp"),  # noqa: E501
+        ("official", recipe("sit", "time_input=[1000, 0]"), r"SiT code has no time_input \[1000, 0\], only \[-1, 1\]"),
+        ("official", recipe("dit", "backbone.freq_shift=1"), "DiT code has no backbone.freq_shift 1, only 0"),
+        ("official", recipe("dit", "target=data"), "DiT code has no target data, only noise"),
+        ("official", recipe("dit", "backbone.conditioning=adaln"), "no backbone.conditioning adaln, only adaln-zero"),
+        ("official", recipe("dit", "backbone.num_classes=0"), "no network without classes"),
+        ("diffusers", recipe("sit"), "DiTPipeline cannot express interpolant linear: ddpm and cosine have betas"),
+        ("diffusers", recipe("dit", "target=score"), "cannot express target score: its schedulers read noise, data, v"),
+        ("diffusers", recipe("dit", "time_input=[1000, 0]"), r"time_input \[1000, 0\]: it passes the step index, \[1000, -1\]"),  # noqa: E501
+        ("diffusers", recipe("dit", "backbone.conditioning=adaln"), "backbone.conditioning adaln: it has adaln-zero"),
+        ("diffusers", recipe("dit", "backbone.mlp_ratio=2"), "backbone.mlp_ratio 2: its ratio is 4"),
+        ("diffusers", recipe("dit", "backbone.num_classes=1001"), "num_classes 1001: it takes row 1000 of the table"),
+        ("diffusers", recipe("dit", "representation=pixels", "data.size=4"), "representation pixels: it decodes latents"),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_what_a_format_cannot_express_is_refused(to: Any, words: Recipe, sentence: str, tmp_path: Path) -> None:
+    run = run_of(made(words, ()), tmp_path / "run")
+    with pytest.raises(MezzotintError, match=sentence):
+        convert(run, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+# ------------------------------------------------------------------------------------------------------- diffusers
+
+
+@pytest.fixture
+def diffusers() -> Any:
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def vae(diffusers: Any, tmp_path: Path) -> Path:
+    """A tiny autoencoder with Stable Diffusion's stride of 8, in a folder as diffusers writes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = diffusers.AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=4,
+            norm_num_groups=2,
+            layers_per_block=1,
+            scaling_factor=0.25,
+        )
+    network.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("classes", [0, 3, 1000])
+@torch.no_grad()
+def test_diffusers_network_puts_out_the_same(classes: int, diffusers: Any, tmp_path: Path) -> None:
+    pipeline = made(recipe("dit", f"backbone.num_classes={classes}", "backbone.freq_shift=1"), ())
+    run = run_of(pipeline, tmp_path / "run")
+    convert(run, tmp_path / "out", to="diffusers")
+    network = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer").eval()
+    assert network.config.norm_eps == 1e-6
+    x, t = latents().repeat(3, 1, 1, 1), torch.tensor([0.0, 250.0, 999.0])
+    theirs, ours = torch.tensor([0, 2, 1000]), torch.tensor([0, 2, classes])
+    expected = pipeline.denoiser.backbone(x, t, ours if classes else None)
+    got = network(x, t, theirs).sample
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backbone.freq_shift=1"],
+        ["backbone.freq_shift=0"],
+        ["interpolant=cosine", "target=v", "variance=none", "backbone.freq_shift=1"],
+        ["interpolant=cosine", "target=data", "variance=unused", "backbone.freq_shift=1"],
+        ["interpolant={name: cosine, snr_divisor: 4}", "backbone.freq_shift=1"],
+        ["interpolant={name: ddpm, num_steps: 500}", "time_input=[500, -1]", "backbone.freq_shift=1"],
+    ],
+)
+@torch.no_grad()
+def test_diffusers_pipeline_draws_the_same(
+    words: list[str], diffusers: Any, vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DiTPipeline from the folder, and ours: DDIM from the same noise, guidance on all channels."""
+    pipeline = made(recipe("dit", *words, f"representation.path={vae}", "representation.scale=0.5"))
+    final = pipeline.denoiser.backbone.final_layer
+    final.linear.weight.mul_(0.1)  # type: ignore[union-attr, operator]
+    run = run_of(pipeline, tmp_path / "run")
+    convert(run, tmp_path / "out", to="diffusers")
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {"cat": 0, "dog": 1, "owl": 2}
+    assert pipe.vae.config.scaling_factor == 0.5
+
+    def theirs() -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        drawn = pipe([0, 2], guidance_scale=2.0, generator=generator, num_inference_steps=10, output_type="pt")
+        return drawn.images * 2 - 1
+
+    if pipeline.recipe.backbone.freq_shift == 0:
+        assert REMEDY in caplog.text
+        unremedied = theirs()
+        exec(REMEDY, {"pipe": pipe})
+        assert (theirs() - unremedied).abs().max() > 1e-3
+    else:
+        assert not caplog.records
+    x = torch.randn((2, 4, 4, 4), generator=torch.Generator().manual_seed(5))
+    model = ConditionalModel(pipeline.denoiser, torch.tensor([0, 2]), Guidance(scale=2.0))
+    *_, x = Sampler(sampler="ddim", spacing="ddim", steps=10).path(model, x, torch.Generator())
+    ours = load(tmp_path / "out").representation.decode(x)
+    assert ours.std() > 0.1
+    assert (ours.abs() < 0.99).float().mean() > 0.5
+    torch.testing.assert_close(theirs(), ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "cosine"])
+@pytest.mark.parametrize("divisor", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_diffusers_scheduler_has_our_schedule(name: str, divisor: float, steps: int, diffusers: Any) -> None:
+    words = recipe(
+        "dit", f"interpolant={{name: {name}, num_steps: {steps}, snr_divisor: {divisor}}}", f"time_input=[{steps}, -1]"
+    )
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config(words))
+    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    alpha = interpolant(name, num_steps=steps, snr_divisor=divisor).alpha(t)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha**2, rtol=1e-3, atol=1e-6)
+
+
+def test_the_exported_config_is_the_published_one(tmp_path: Path) -> None:
+    """What facebook/DiT-XL-2-256 has on the hub, in the keys that matter."""
+    config = scheduler_config(load_recipe("dit-xl-2-256"))
+    assert {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")} == {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+    }
+    assert (config["clip_sample"], config["prediction_type"], config["steps_offset"]) == (False, "epsilon", 0)
+
+
+def test_no_autoencoder_at_hand(diffusers: Any, vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(made(recipe("dit", "representation.path=stabilityai/sd-vae-ft-ema")), tmp_path / "run")
+    convert(run, tmp_path / "out", to="diffusers")
+    assert "stabilityai/sd-vae-ft-ema could not be had" in caplog.text
+    assert "scaling_factor of 0.18215" in caplog.text
+    assert not (tmp_path / "out" / "vae").exists()
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "out", vae=network)
+    assert pipe.vae is network
+    with pytest.raises(MezzotintError, match="nowhere/at/all is no folder of an autoencoder"):
+        convert(run, tmp_path / "other", to="diffusers", vae="nowhere/at/all")
+    convert(run, tmp_path / "other", to="diffusers", vae=str(vae))
+    assert diffusers.DiTPipeline.from_pretrained(tmp_path / "other").vae.config.scaling_factor == 0.18215
+    assert load(tmp_path / "other").recipe.representation.path == str(tmp_path / "other" / "vae")
+    assert read_checkpoint(tmp_path / "other").recipe.representation.path == "stabilityai/sd-vae-ft-ema"
+
+
+def foreign(diffusers: Any, folder: Path, **options: Any) -> Any:
+    """A DiT as diffusers itself writes it, with the copies of the embeddings equal, as in the published folders."""
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, out_channels=8, num_layers=2, sample_size=4, num_embeds_ada_norm=3
+    ).eval()
+    fill(network.parameters())
+    first, second = (block.norm1.emb for block in network.transformer_blocks)
+    second.load_state_dict(first.state_dict())
+    network.save_pretrained(folder, **options)
+    return network
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "10KB"}, {"safe_serialization": False}])
+@torch.no_grad()
+def test_a_foreign_folder(options: dict[str, Any], diffusers: Any, tmp_path: Path) -> None:
+    network = foreign(diffusers, tmp_path / "transformer", **options)
+    assert (len(list((tmp_path / "transformer").iterdir())) > 3) == ("max_shard_size" in options)
+    words = load(tmp_path / "transformer").recipe
+    assert (words.target, words.variance, words.interpolant.name) == ("noise", "learned", "ddpm")
+    assert (words.backbone.freq_shift, words.backbone.heads, words.backbone.num_classes) == (0, 2, 3)
+    asked = override_recipe(words, ["backbone.freq_shift=1"])
+    x, t, y = latents(), torch.tensor([250.0]), torch.tensor([3])
+    expected = network(x, t, y).sample
+    got = load(tmp_path / "transformer", recipe=asked).denoiser.backbone(x, t, y)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()  # though its norm_eps is 1e-5
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    config |= {"_class_name": "Transformer2DModel", "norm_num_groups": 32, "only_cross_attention": False}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "transformer").recipe == words
+
+
+def test_a_foreign_pipeline(diffusers: Any, vae: Path, tmp_path: Path) -> None:
+    network = foreign(diffusers, tmp_path / "transformer")
+    scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark"}
+    pipe = diffusers.DiTPipeline(
+        network, diffusers.AutoencoderKL.from_pretrained(vae), scheduler, {key: labels[key] for key in labels}
+    )
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index | {"id2label": labels}))
+    loaded = load(tmp_path / "pipe")
+    assert loaded.class_names == ("tench", "goldfish", "shark")
+    assert (loaded.recipe.target, loaded.recipe.interpolant.name) == ("v", "cosine")
+    assert loaded.recipe.representation.path == str(tmp_path / "pipe" / "vae")
+    assert mezzotint.sample(loaded, ["goldfish"], 1, sampler="ddim", steps=2).shape == (1, 3, 32, 32)
+    config = json.loads((tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text())
+    config["beta_schedule"] = "scaled_linear"
+    (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(MezzotintError, match=r"beta_schedule 'scaled_linear' .* give a recipe that says what they are"):
+        load(tmp_path / "pipe")
+    assert load(tmp_path / "pipe", recipe=loaded.recipe).recipe == loaded.recipe
+
+
+def test_weights_of_a_folder_by_themselves(tmp_path: Path) -> None:
+    run = run_of(made(recipe("dit", "backbone.num_classes=2"), ("cat", "dog")), tmp_path / "run")
+    folder = convert(run, tmp_path / "out", to="diffusers")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "cat", "1": "dog"}
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for source in (folder, folder / "transformer", file):
+        checkpoint = read_checkpoint(source)
+        assert_same(checkpoint.tensors, tensors_of(run))
+        assert checkpoint.class_names == ("cat", "dog")
+    with safe_open(str(file), framework="pt") as opened:
+        table = opened.get_tensor("transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight")
+    assert table.shape == (1001, 16)
+    assert torch.equal(table[2:], table[2:3].expand(999, -1))
+
+
+def test_names_of_classes_without_names(tmp_path: Path) -> None:
+    run = run_of(made(recipe(), ()), tmp_path / "run")
+    folder = convert(run, tmp_path / "out", to="diffusers")
+    assert json.loads((folder / "model_index.json").read_text())["id2label"] == {"0": "0", "1": "1", "2": "2"}
+    assert read_checkpoint(folder).class_names == ()
+
+
+def test_a_position_table_that_rounds_otherwise_comes_back(tmp_path: Path) -> None:
+    pipeline = made(recipe())
+    pipeline.denoiser.backbone.pos_embed[0, 1, 0] += 1e-6  # type: ignore[operator, index]
+    run = run_of(pipeline, tmp_path / "run")
+    convert(run, tmp_path / "out", to="diffusers")
+    assert_same(read_checkpoint(tmp_path / "out").tensors, tensors_of(run))
+
+
+# ------------------------------------------------------------------------------------------------ damaged or hostile
+
+
+class Evil:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_with_code_is_not_run(legacy: bool, tmp_path: Path) -> None:
+    content = {"ema": made(recipe()).denoiser.backbone.state_dict(), "args": Evil(tmp_path / "owned")}
+    torch.save(content, tmp_path / "DiT.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(MezzotintError, match=r"DiT\.pt holds code besides tensors \((posix|nt)\.system\), which was"):
+        load(tmp_path / "DiT.pt", recipe=recipe())
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_file_from_before_torch_1_6(tmp_path: Path) -> None:
+    tensors = made(recipe()).denoiser.backbone.state_dict()
+    torch.save(tensors, tmp_path / "DiT.pt", _use_new_zipfile_serialization=False)
+    assert_same(read_checkpoint(tmp_path / "DiT.pt", recipe()).tensors, dict(tensors))
+
+
+@pytest.mark.parametrize("name", ["DiT.pt", "DiT.safetensors"])
+@pytest.mark.parametrize("keep", [0, 100, 0.5, -10])
+def test_a_truncated_file(name: str, keep: float, tmp_path: Path) -> None:
+    file = official(tmp_path / "DiT.pt")
+    if name != "DiT.pt":
+        save_file(torch.load(file, weights_only=True), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(keep * len(content)) if keep == 0.5 else int(keep)])
+    with pytest.raises(MezzotintError, match=r"is not a whole (PyTorch|safetensors) file .* copy it again"):
+        load(tmp_path / name, recipe=recipe())
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    tensors = dict(made(recipe()).denoiser.backbone.state_dict())
+    tensors["stranger"] = tensors.pop("blocks.1.mlp.fc1.bias")
+    tensors["t_embedder.mlp.0.bias"] = tensors["t_embedder.mlp.0.bias"][:3]
+    torch.save(tensors, tmp_path / "dit.pt")
+    with pytest.raises(MezzotintError) as caught:
+        load(tmp_path / "dit.pt", recipe=recipe())
+    assert (
+        "missing blocks.1.mlp.fc1.bias; unexpected stranger; t_embedder.mlp.0.bias has shape (3,), expected (16,)"
+        in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}, r"is not a DiT or SiT: it has no tensor 'x_embedder\.proj\.weight' \(of 2 tensors: conv1\.weight, fc\.bias"),  # noqa: E501
+        ({"ema": {"weight": 3}}, "is not a state dict: its entry 'weight' is no tensor"),
+        ([torch.zeros(2)], "holds a list, expected a state dict"),
+        ({}, "it has no tensor"),
+    ],
+)  # fmt: skip
+def test_other_files(content: Any, sentence: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "dit.pt")
+    with pytest.raises(MezzotintError, match=sentence):
+        load(tmp_path / "dit.pt", recipe=recipe())
+
+
+def test_trained_positions_are_refused(tmp_path: Path) -> None:
+    tensors = dict(made(recipe()).denoiser.backbone.state_dict())
+    for dtype, change in ((torch.float32, 0.001), (torch.bfloat16, 0.1), (torch.float32, float("nan"))):
+        changed = {"pos_embed": (tensors["pos_embed"] + change).to(dtype)}
+        torch.save(tensors | changed, tmp_path / "dit.pt")
+        with pytest.raises(MezzotintError, match=r"not the sine-cosine table .* positions are not supported"):
+            load(tmp_path / "dit.pt", recipe=recipe())
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    tensors = dict(made(recipe()).denoiser.backbone.state_dict())
+    tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
+    torch.save(tensors, tmp_path / "dit.pt")
+    with pytest.raises(MezzotintError, match=r"has dtype torch.int8, expected floating point"):
+        load(tmp_path / "dit.pt", recipe=recipe())
+
+
+def test_heads_are_in_no_tensor(tmp_path: Path) -> None:
+    file = official(tmp_path / "DiT.pt")
+    with pytest.raises(
+        MezzotintError, match=r"the number of attention heads .* give a recipe that says backbone\.heads"
+    ):
+        load(file)
+    assert load(file, recipe=recipe("dit", "backbone.heads=4")).recipe.backbone.heads == 4
+
+
+def test_a_recipe_of_another_network_is_refused(tmp_path: Path) -> None:
+    file = official(tmp_path / "DiT.pt")
+    with pytest.raises(
+        MezzotintError,
+        match=r"has backbone\.depth 2, backbone\.width 16, backbone.num_classes 3, hidden MLP channels 64, an input of "
+        r"4 × 4 × 4, where recipe 'dit-xl-2-256' says 28, 1152, 1000, 4608, 4 × 32 × 32; leave the recipe out",
+    ):
+        load(file, recipe="dit-xl-2-256")
+    with pytest.raises(MezzotintError, match="a learned variance no, where recipe 'dit-xl-2-256' says yes"):
+        load(official(tmp_path / "plain.pt", recipe("dit", "variance=none")), recipe=recipe())
+    assert load(file, recipe=recipe("dit", "backbone.num_classes=null")).recipe.backbone.num_classes == 3
+    assert load(official(tmp_path / "half.pt", recipe("sit", "variance=none")), recipe=recipe("sit"))
+
+
+def test_unequal_copies_of_the_embeddings_are_refused(tmp_path: Path) -> None:
+    folder = convert(run_of(made(recipe()), tmp_path / "run"), tmp_path / "out", to="diffusers")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"][3] += 1e-3
+    save_file(tensors, file)
+    with pytest.raises(
+        MezzotintError, match=r"transformer_blocks\.1\.norm1\.emb\.timestep_embedder\.linear_2\.bias in"
+    ):
+        load(folder)
+    del tensors["transformer_blocks.1.ff.net.2.bias"]
+    tensors["lora.weight"] = torch.zeros(2)
+    save_file(tensors, file)
+    with pytest.raises(
+        MezzotintError, match=r"missing transformer_blocks\.1\.ff\.net\.2\.bias; unexpected lora\.weight"
+    ):
+        load(folder)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_other_folders(tmp_path: Path) -> None:
+    run = run_of(made(recipe()), tmp_path / "run")
+    good = convert(run, tmp_path / "good", to="diffusers")
+
+    def folder(name: str) -> Path:
+        return shutil.copytree(good, tmp_path / name)
+
+    edited(folder("a") / "model_index.json", _class_name="StableDiffusionPipeline")
+    edited(folder("b") / "transformer" / "config.json", _class_name="UNet2DModel")
+    edited(folder("c") / "transformer" / "config.json", activation_fn="geglu")
+    edited(folder("k") / "transformer" / "config.json", patch_size=1)
+    edited(folder("l") / "transformer" / "config.json", num_layers="two")
+    (folder("d") / "transformer" / "config.json").unlink()
+    (folder("e") / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder("f") / "transformer" / "config.json").write_text("{")
+    sentences = {
+        "a": "is a diffusers StableDiffusionPipeline, expected a DiTPipeline",
+        "b": "is a diffusers UNet2DModel, expected a DiTTransformer2DModel",
+        "c": "says activation_fn 'geglu'; only 'gelu-approximate' is supported",
+        "k": "says sample_size 4, its patches make 8",
+        "l": "says num_layers 'two', expected a number",
+        "d": r"has no config\.json; download the whole folder",
+        "e": r"has no diffusion_pytorch_model\.safetensors, nor shards or a \.bin; it has: config\.json",
+        "f": r"config\.json is missing or no JSON; download the whole folder again",
+        "g": r"is not a run folder: it has no recipe\.yaml; nor one of diffusers",
+        "h": "h is not a run folder, nor another checkpoint: there is no such file or folder here",
+        "i.txt": r"i\.txt is no checkpoint; expected \.safetensors, \.pt",
+    }
+    (tmp_path / "g").mkdir()
+    (tmp_path / "i.txt").write_text("hello")
+    for name, sentence in sentences.items():
+        with pytest.raises(MezzotintError, match=sentence):
+            load(tmp_path / name)
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    with pytest.raises(MezzotintError, match=r"facebook/DiT-XL-2-256 is not a path here, and the .*'hf download"):
+        load("facebook/DiT-XL-2-256")
+    folder = convert(run_of(made(recipe()), tmp_path / "run"), tmp_path / "out", to="diffusers")
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load("facebook/DiT-XL-2-256").class_names == ("cat", "dog", "owl")
+    assert [name for name, _ in asked] == ["facebook/DiT-XL-2-256"]
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    assert load("facebook/DiT-XL-2-256").recipe.backbone.num_classes == 1000  # without our header, 997 null rows
+    assert [options["allow_patterns"][-1] for _, options in asked[1:]] == ["*.safetensors", "*.bin"]
+
+
+def test_a_checkpoint_is_a_record(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(official(tmp_path / "dit.pt"), recipe())
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.source == str(tmp_path / "dit.pt")
+    assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in checkpoint.tensors.values())
