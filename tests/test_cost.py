@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.backbones import DIT_CONFIGS, DiT
-from mezzotint.evaluation.cost import Cost, cost
+from mezzotint.evaluation.cost import Cost, activation_bytes, cost, matmul_rate, published, recipe_cost
+from mezzotint.pipeline import build_backbone
+from mezzotint.recipe import load_recipe, recipe_names
 
 # name: published Gflops, millions of parameters
 PUBLISHED = {
@@ -88,3 +90,49 @@ def test_leaves_the_model_alone() -> None:
     model = Attend()
     cost(model, (torch.zeros(1, 2, 6, 8), False))
     assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_bytes_are_what_a_real_pass_keeps(precision: str) -> None:
+    """Against the storages that autograd holds after a forward pass on real memory."""
+    recipe = load_recipe("dit-s-8-256", ["backbone.depth=2"])
+    backbone = build_backbone(recipe)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    held: dict[int, int] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*backbone.parameters(), *backbone.buffers()]}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = torch.zeros(3, 4, 32, 32), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        output = backbone(*inputs)
+    expected = sum(size for pointer, size in held.items() if pointer not in own)
+    assert output.requires_grad, "or nothing would have been kept"
+    assert activation_bytes(recipe, 3, precision) == pytest.approx(expected, rel=0.01)
+
+
+def test_published_figures_stand_beside_unchanged_recipes_only() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        paper = published(recipe)
+        assert (paper is not None) == name.startswith(("dit-", "sit-"))
+        if paper is not None and recipe.data.size == 256:
+            size = name.removeprefix("dit-").removeprefix("sit-").removesuffix("-256")
+            assert (paper.gmacs, paper.params_millions) == PUBLISHED[f"dit-{size}"]
+    assert published(load_recipe("dit-s-2-256", ["backbone.depth=3"])) is None
+    assert published(load_recipe("dit-s-2-256", ["training.lr=1"])) is not None
+
+
+def test_freezing_lowers_the_trained_parameters_alone() -> None:
+    whole, half = (recipe_cost(load_recipe("dit-s-8-256", more)) for more in ([], ["training.freeze=[blocks]"]))
+    assert half.params == whole.params
+    assert half.gmacs == whole.gmacs
+    assert half.trainable_params < 0.1 * whole.trainable_params
+
+
+def test_matmul_rate_is_positive() -> None:
+    assert matmul_rate() > 0.1

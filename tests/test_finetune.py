@@ -19,7 +19,7 @@ from mezzotint.interop import Checkpoint, convert
 from mezzotint.pipeline import Pipeline, build
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
 from mezzotint.samplers import Sampler
-from mezzotint.training.finetune import choose_trainable, initialise, merged, take_classes
+from mezzotint.training.finetune import choose_trainable, initialise, merged, start_from, take_classes
 
 LORA = ("training.lora.rank=2", "training.lora.alpha=4")
 
@@ -305,14 +305,15 @@ def test_lora_starts_without_effect_and_merges_into_a_plain_network(three: Recip
 
 
 def test_the_adapter_is_peft_s(tiny: Recipe, base: Path, tmp_path: Path) -> None:
-    """On the network that the run started from, peft's own loader gives the run's merged network."""
+    """On the network as the run started it, peft's own loader gives the run's merged network."""
     from peft import PeftModel
 
     more = ['training.freeze=["!final_layer.linear"]', "training.lr=1e-2", "training.ema=[0.5]"]
     mezzotint.train(override_recipe(tiny, [f"init={base}", *LORA, *more]), tmp_path / "run", quiet=True)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 8 + 1 + 2, "eight low-rank matrices, the label table, the last layer's weight and bias"
-    pipeline, run = mezzotint.load(base), mezzotint.load(tmp_path / "run")
+    pipeline, run = mezzotint.build(mezzotint.load_recipe(tmp_path / "run")), mezzotint.load(tmp_path / "run")
+    start_from(str(base), pipeline)
     before = output(pipeline, [0, 1])
     pipeline.denoiser.backbone = PeftModel.from_pretrained(pipeline.denoiser.backbone, tmp_path / "run" / "adapter")
     expected = output(run, [0, 1])
@@ -444,5 +445,6 @@ def test_from_an_official_file_to_diffusers(
     model = ConditionalModel(run.denoiser, torch.tensor([0, 1]), Guidance(scale=2.0))
     *_, x = Sampler(sampler="ddim", spacing="ddim", steps=5).path(model, x, torch.Generator())
     ours = run.representation.decode(x)
-    assert ours.std() > 0.01
+    assert ours.std() > 0.1
+    assert (ours.abs() < 0.99).float().mean() > 0.5
     torch.testing.assert_close(2 * theirs - 1, ours, atol=1e-4, rtol=0)

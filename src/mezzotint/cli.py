@@ -309,28 +309,55 @@ def convert(
 def cost(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON with params, trainable_params and gmacs.")
-    ] = False,
     samplers: Annotated[bool, typer.Option("--samplers", help="Also what an image costs by each sampler.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, without what is measured here.")] = False,
+    device: Device = "auto",
 ) -> None:
-    """Count a recipe's parameters and the multiply-adds of one forward pass (the papers' "Gflops")."""
+    """Count a recipe's parameters, multiply-adds (the papers' "Gflops") and memory, and estimate its time here.
+
+    The estimate is what the matrix products alone would take at this machine's measured rate: a bound from below.
+    """
     from dataclasses import asdict
 
-    from mezzotint.evaluation.cost import recipe_cost, sampling_evaluations
+    from mezzotint.evaluation import cost as counting
+    from mezzotint.pipeline import PRECISIONS
     from mezzotint.recipe import load_recipe
+    from mezzotint.training.parallel import choose_device
 
     loaded = load_recipe(recipe, overrides or [])
-    counted = recipe_cost(loaded)
-    evaluations = sampling_evaluations(loaded) if samplers else {}
+    settings = loaded.training
+    counted = counting.recipe_cost(loaded)
+    paper = counting.published(loaded)
+    evaluations = counting.sampling_evaluations(loaded) if samplers else {}
+    micro = settings.batch_size // settings.accumulate
+    memory = counting.activation_bytes(loaded, 1, settings.precision)
     if as_json:
-        more = {"evaluations": evaluations} if samplers else {}
-        typer.echo(json.dumps({"recipe": loaded.name, **asdict(counted), **more}))
+        values = {"recipe": loaded.name, **asdict(counted), "training_gmacs": counted.training_gmacs}
+        values |= {"activation_bytes_per_image": memory, "published": asdict(paper) if paper else None}
+        typer.echo(json.dumps(values | ({"evaluations": evaluations} if samplers else {})))
         return
-    table = Table("", loaded.name)
-    table.add_row("parameters", f"{counted.params:,}")
-    table.add_row("of these trained", f"{counted.trainable_params:,}")
-    table.add_row("forward pass of one example", f"{counted.gmacs:,.2f} GMACs")
+    here = choose_device(device)
+    rate = counting.matmul_rate(here, PRECISIONS[settings.precision])
+    seconds = counted.training_gmacs * settings.batch_size * settings.steps / rate
+    table = Table("", loaded.name, *([] if paper is None else [paper.source, "difference"]))
+
+    def compared(name: str, ours: float, text: str, theirs: float | None = None, unit: str = "") -> None:
+        extra = ["", ""]
+        if theirs is not None:
+            extra = [f"{theirs:,g}{unit}", f"{ours / theirs - 1:+.2%}"]
+        table.add_row(name, text, *(extra if paper else []))
+
+    millions = counted.trainable_params / 1e6
+    compared("parameters", 0, f"{counted.params:,}")
+    trained = f"{counted.trainable_params:,}"
+    compared("of these trained", millions, trained, paper.params_millions if paper else None, " million")
+    forward = f"{counted.gmacs:,.4g} GMACs"
+    compared("forward pass of one example", counted.gmacs, forward, paper.gmacs if paper else None)
+    compared("training on one example", 0, f"{counted.training_gmacs:,.4g} GMACs")
+    activations = f"{_bytes(memory)} an example, {_bytes(micro * memory)} at {micro}"
+    compared(f"activations, {settings.precision}", 0, activations)
+    compared(f"matrix products here, {settings.precision}", 0, f"{rate:,.0f} GMAC/s ({here})")
+    compared(f"{settings.steps:,} steps of {settings.batch_size} at that rate", 0, _duration(seconds))
     results.print(table)
     if samplers:
         table = Table(f"{loaded.sampling.steps} steps by", "network evaluations", "GMACs", "guided")
@@ -340,6 +367,20 @@ def cost(
                 costs = [str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
             table.add_row(name, *costs)
         results.print(table)
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 2**10:,.0f} KiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds"
 
 
 @app.command()

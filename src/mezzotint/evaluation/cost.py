@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint.pipeline import build_backbone, build_denoiser
-from mezzotint.recipe import Recipe, override_recipe, resolve
+from mezzotint.recipe import Recipe, load_recipe, override_recipe, recipe_names, resolve
 from mezzotint.samplers import SAMPLERS, Sampler
+from mezzotint.training.finetune import choose_trainable
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,88 @@ class Cost:
     params: int
     trainable_params: int
     gmacs: float
+
+    @property
+    def training_gmacs(self) -> float:
+        """10⁹ multiply-adds of training on one example: a backward pass is two of the forward's matrix products."""
+        return 3 * self.gmacs
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper says of a network: 10⁹ multiply-adds of a forward pass, and millions of parameters."""
+
+    gmacs: float
+    params_millions: int
+    source: str
+
+
+_DIT = "the DiT paper"
+#: by recipe; SiT's networks are DiT's
+PUBLISHED = {
+    "dit-s-8-256": Published(0.36, 33, _DIT),
+    "dit-s-4-256": Published(1.41, 33, _DIT),
+    "dit-s-2-256": Published(6.06, 33, _DIT),
+    "dit-b-8-256": Published(1.42, 131, _DIT),
+    "dit-b-4-256": Published(5.56, 130, _DIT),
+    "dit-b-2-256": Published(23.01, 130, _DIT),
+    "dit-l-8-256": Published(5.01, 459, _DIT),
+    "dit-l-4-256": Published(19.70, 458, _DIT),
+    "dit-l-2-256": Published(80.71, 458, _DIT),
+    "dit-xl-8-256": Published(7.39, 676, _DIT),
+    "dit-xl-4-256": Published(29.05, 675, _DIT),
+    "dit-xl-2-256": Published(118.64, 675, _DIT),
+    "dit-xl-2-512": Published(524.60, 675, _DIT),
+}
+
+
+def published(recipe: Recipe) -> Published | None:
+    """The paper's figures for this recipe's network; None where it has none, or the recipe was changed."""
+    found = PUBLISHED.get(recipe.name.replace("sit-", "dit-"))
+    if found is None or recipe.name not in recipe_names():
+        return None
+    shipped = load_recipe(recipe.name)
+    same = (shipped.backbone, shipped.latent_shape, shipped.variance)
+    return found if same == (recipe.backbone, recipe.latent_shape, recipe.variance) else None
+
+
+def activation_bytes(recipe: Recipe, batch_size: int, precision: str = "fp32") -> int:
+    """Bytes that a training step's forward pass keeps for the backward one; nothing is computed to tell.
+
+    Weights, gradients, optimizer state (16 bytes a parameter with AdamW, and 4 for each average) and what a pass needs
+    for a moment come on top.
+    """
+    recipe = _with_classes(recipe)
+    kept: dict[int, tuple[int, Any]] = {}
+    with FakeTensorMode():
+        backbone = build_backbone(recipe)
+        own = {tensor.untyped_storage()._cdata for tensor in [*backbone.parameters(), *backbone.buffers()]}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes(), storage  # held, so that its address is not given out again
+            return tensor
+
+        labels = torch.zeros(batch_size, dtype=torch.int64) if recipe.backbone.num_classes else None
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            backbone(torch.zeros(batch_size, *recipe.latent_shape), torch.zeros(batch_size), labels)
+    return sum(size for size, _ in kept.values())
+
+
+def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """10⁹ multiply-adds per second of a large square matrix product here and now: the best of several."""
+    device = torch.device(device)
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for it
+        fastest = min(fastest, time.perf_counter() - begun)
+    return n**3 / 1e9 / fastest
 
 
 def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
@@ -50,12 +135,16 @@ def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
 
 def recipe_cost(recipe: Recipe) -> Cost:
     """The cost of a recipe's network; where the recipe leaves the number of classes to the data, these are read."""
-    if recipe.backbone.num_classes is None:
-        recipe = resolve(recipe, recipe.data.load("train"))
+    recipe = _with_classes(recipe)
     with torch.device("meta"):
         backbone = build_backbone(recipe)
+        choose_trainable(backbone, recipe.training, recipe.seed)
         labels = torch.zeros(1, dtype=torch.int64) if recipe.backbone.num_classes else None
         return cost(backbone, (torch.zeros(1, *recipe.latent_shape), torch.zeros(1), labels))
+
+
+def _with_classes(recipe: Recipe) -> Recipe:
+    return resolve(recipe, recipe.data.load("train")) if recipe.backbone.num_classes is None else recipe
 
 
 def sampling_evaluations(recipe: Recipe) -> dict[str, int | None]:

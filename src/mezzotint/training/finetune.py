@@ -250,7 +250,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def merged(backbone: nn.Module) -> nn.Module:
-    """A plain network that computes what `backbone` and its LoRA compute; it shares the tensors that are the same."""
+    """A plain network that computes what `backbone` and its LoRA compute; it shares the tensors that are the same.
+
+    The others are on the CPU, so that a checkpoint needs no more of a GPU's memory than a step.
+    """
     if not hasattr(backbone, "peft_config"):
         return backbone
     from peft.tuners.lora import Linear
@@ -261,7 +264,8 @@ def merged(backbone: nn.Module) -> nn.Module:
     for name, layer in list(plain.named_modules()):
         if isinstance(layer, Linear):
             linear = cast(nn.Linear, layer.get_base_layer())
-            linear.weight = nn.Parameter(linear.weight.detach() + layer.get_delta_weight(ADAPTER).detach(), False)
+            weight = linear.weight.detach() + layer.get_delta_weight(ADAPTER).detach()
+            linear.weight = nn.Parameter(weight.cpu(), requires_grad=False)
             plain.set_submodule(name, linear)
     return plain
 

@@ -52,9 +52,10 @@ def train(
     """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
 
     The folder gets recipe.yaml (resolved), model.safetensors (the first EMA; further decays as model-ema-<decay>),
-    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl) and samples/. With `resume`, training goes on from the
-    newest whole checkpoint and ends with the very weights of an uninterrupted run. Started by torchrun, the global
-    batch is shared by all processes. Ctrl-C or SIGTERM saves a checkpoint and raises `KeyboardInterrupt`.
+    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, and adapter/ with LoRA. With `resume`,
+    training goes on from the newest whole checkpoint and ends with the very weights of an uninterrupted run. Started by
+    torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM saves a checkpoint and raises
+    `KeyboardInterrupt`.
 
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
     """
@@ -197,7 +198,7 @@ def train(
                 raise KeyboardInterrupt
         if not log.saw_steps and here.is_main:  # resumed after the end: make sure that the weights are there
             export(averaged, ema, run, step)
-    averaged.denoiser.backbone = merged(averaged.denoiser.backbone)
+    averaged.denoiser.backbone = merged(averaged.denoiser.backbone).to(here.device)
     averaged.denoiser.eval()
     return averaged
 
