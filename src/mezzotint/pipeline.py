@@ -77,11 +77,11 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     )
 
 
-def build_denoiser(recipe: Recipe) -> Denoiser:
-    """The recipe's denoiser with freshly initialised weights."""
+def build_denoiser(recipe: Recipe, backbone: nn.Module | None = None) -> Denoiser:
+    """The recipe's denoiser around `backbone`, or around one with freshly initialised weights."""
     settings = recipe.interpolant.model_dump()
     return Denoiser(
-        build_backbone(recipe),
+        build_backbone(recipe) if backbone is None else backbone,
         interpolant(settings.pop("name"), **settings),
         recipe.target,
         learned_variance=recipe.variance == "learned",

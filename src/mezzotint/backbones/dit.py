@@ -86,8 +86,8 @@ class DiT(nn.Module):
         """(B, in_channels, H, W) → (B, out_channels, H, W).
 
         Computed in the parameters' dtype, whatever that of `x`; the output has it, too. `t` (B,) is time as the
-        sinusoids see it (DiT: 0 to 999), best in float32. `y` (B,) int64 in [0, num_classes]; None for an unconditional network,
-        which does not look at it. `condition` is what `self.condition(t, y)` gave, where it is known already.
+        sinusoids see it (DiT: 0 to 999), best in float32. `y` (B,) int64 in [0, num_classes]; None for an unconditional
+        network, which does not look at it. `condition` is what `self.condition(t, y)` gave, where it is known already.
         Raises MezzotintError for an `x` of another shape and for a missing `y`.
         """
         if x.shape[1:] != (self.in_channels, *self.input_size):

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from mezzotint import pipeline
-from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.interop import diffusers, hub, official
 from mezzotint.interop.checkpoint import Checkpoint, Network, check, empty_backbone, parse_header, save_tensors
-from mezzotint.interpolants import interpolant
-from mezzotint.pipeline import Pipeline, read_tensors
+from mezzotint.pipeline import Pipeline, build_denoiser, read_tensors
 from mezzotint.recipe import Recipe, load_recipe
 
 __all__ = ["Checkpoint", "convert", "load", "read_checkpoint"]
@@ -88,14 +86,7 @@ def load(
     # Copies, because a tensor of a mapped file changes with the file.
     tensors = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in checkpoint.tensors.items()}
     backbone.load_state_dict(tensors, assign=True)
-    settings = loaded.interpolant.model_dump()
-    denoiser = Denoiser(
-        backbone,
-        interpolant(settings.pop("name"), **settings),
-        loaded.target,
-        learned_variance=loaded.variance == "learned",
-        time_input=loaded.time_input,
-    )
+    denoiser = build_denoiser(loaded, backbone)
     return Pipeline(loaded, denoiser.eval(), checkpoint.class_names)
 
 

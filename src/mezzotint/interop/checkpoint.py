@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import isqrt
 from pathlib import Path
 
@@ -94,29 +93,35 @@ class Network:
             doubled=outputs == 2 * channels,
         )
 
-    @cached_property
+    @property
     def published(self) -> str | None:
         """The name of the published configuration with these sizes."""
         sizes = {"depth": self.depth, "width": self.width, "patch_size": self.patch_size}
         return next((name for name, config in DIT_CONFIGS.items() if sizes.items() <= config.items()), None)
 
-    @cached_property
-    def heads(self) -> int | None:
-        """Attention heads of the published networks of this depth and width; no shape tells them."""
-        return next(
-            (c["heads"] for c in DIT_CONFIGS.values() if (c["depth"], c["width"]) == (self.depth, self.width)), None
+    def published_heads(self, source: str) -> int:
+        """Attention heads of the published networks of this depth and width; no shape tells them.
+
+        Raises `MezzotintError` where there is none.
+        """
+        for config in DIT_CONFIGS.values():
+            if (config["depth"], config["width"]) == (self.depth, self.width):
+                return config["heads"]
+        raise MezzotintError(
+            f"the number of attention heads cannot be read from {source} (depth {self.depth}, width {self.width} is no "
+            f"published size); give a recipe with backbone.width={self.width} and its backbone.heads"
         )
 
     def fit(self, recipe: Recipe, source: str, heads: int | None = None) -> Recipe:
         """`recipe` with its sizes replaced by this network's.
 
-        `heads`, where the file says them, are taken; otherwise the recipe's, if it is of this depth and width or these
-        are no published ones, otherwise the published ones.
+        `heads` are what the file says; where it does not, a recipe of this width says them, or the published sizes.
+        Raises `MezzotintError` where none does, or where the recipe's inputs are of another kind.
         """
         values = recipe.model_dump()
         backbone, representation = values["backbone"], values["representation"]
-        if heads is None and self.heads and (backbone["depth"], backbone["width"]) != (self.depth, self.width):
-            heads = self.heads
+        if heads is None and backbone["width"] == self.width:
+            heads = backbone["heads"]
         ratio = backbone["mlp_ratio"]
         if int(self.width * ratio) != self.hidden:
             ratio = self.hidden / self.width
@@ -126,7 +131,7 @@ class Network:
             "patch_size": self.patch_size,
             "width": self.width,
             "depth": self.depth,
-            "heads": heads or backbone["heads"],
+            "heads": heads or self.published_heads(source),
             "mlp_ratio": ratio,
             "num_classes": self.num_classes,
             "conditioning": self.conditioning,
@@ -214,11 +219,7 @@ def family_recipe(family: str, network: Network, path: Path, heads: int | None =
 
     Raises `MezzotintError` where that leaves something open: the number of heads, or the space of the inputs.
     """
-    if not (heads or network.heads):
-        raise MezzotintError(
-            f"the number of attention heads cannot be read from {path} (depth {network.depth} and width "
-            f"{network.width} are no published sizes); give a recipe that says backbone.heads"
-        )
+    heads = heads or network.published_heads(str(path))
     pixels = network.channels in (1, 3)
     if not pixels and network.channels != 4:
         raise MezzotintError(
@@ -230,6 +231,7 @@ def family_recipe(family: str, network: Network, path: Path, heads: int | None =
         return load_recipe(published)
     values = load_recipe(f"{family}-xl-2-256").model_dump()
     values |= {"name": path.stem, "description": f"Read from {path.name}.", "guidance": {}}
+    values["backbone"] |= {"width": network.width, "heads": heads}
     if pixels:
         values["representation"] = {"name": "pixels"}
     return Recipe.parse(values)

@@ -16,8 +16,9 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ NULL_CLASS = 1000
 WEIGHTS = "diffusion_pytorch_model"
 POSITIONS = "pos_embed.pos_embed"
 
-# diffusers' modules and ours; {} is the block.
+# diffusers' modules and ours: the network's, and each block's.
 GLOBAL_MODULES = {
     "pos_embed.proj": "x_embedder.proj",
     "proj_out_1": "final_layer.adaLN_modulation.1",
@@ -74,6 +75,8 @@ EXPECTED_CONFIG: dict[str, Any] = {
     "norm_elementwise_affine": False,
 }
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
+
+Number = TypeVar("Number", int, float)
 
 log = logging.getLogger("mezzotint")
 
@@ -106,10 +109,10 @@ def read_folder(folder: Path, recipe: Recipe | None) -> Checkpoint:
             raise MezzotintError(f"{home / 'config.json'} says {key} {config[key]!r}; only {expected!r} is supported")
     content, metadata = _read_weights(home)
     stored, class_names = parse_header(metadata, str(home))
-    heads = _integer(config, "num_attention_heads", 16, home)
+    heads = _number(config, "num_attention_heads", 16, home)
     tensors = _from_diffusers(content, home, config, stored)
     network = Network.of(tensors, str(folder))
-    if network.size != (size := _integer(config, "sample_size", 32, home)):
+    if network.size != (size := _number(config, "sample_size", 32, home)):
         raise MezzotintError(f"{home / 'config.json'} says sample_size {size}, its patches make {network.size}")
     fitted = network.fit(recipe or stored or _foreign_recipe(network, folder, heads), str(folder), heads)
     if stored is None:
@@ -130,9 +133,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _integer(config: Mapping[str, Any], key: str, default: int, home: Path) -> int:
+def _number(config: Mapping[str, Any], key: str, default: Number, home: Path) -> Number:
+    """config[key], of default's type and above 0."""
     value = config.get(key, default)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, type(default)) or not value > 0:
         raise MezzotintError(f"the config in {home} says {key} {value!r}, expected a number; download it again")
     return value
 
@@ -163,7 +167,7 @@ def _from_diffusers(
 ) -> dict[str, Tensor]:
     """Tensors under our names, of as many classes as `stored` says."""
     blocks = [int(m[1]) for name in content if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    depth = max([_integer(config, "num_layers", 28, home), *(block + 1 for block in blocks)])
+    depth = max([_number(config, "num_layers", 28, home), *(block + 1 for block in blocks)])
     wanted = [f"{module}.{kind}" for module in GLOBAL_MODULES for kind in ("weight", "bias")]
     for i in range(depth):
         modules = [*BLOCK_MODULES, *QKV]
@@ -200,7 +204,7 @@ def _from_diffusers(
     if POSITIONS in content:
         tensors["pos_embed"] = content[POSITIONS]
     else:
-        side = _integer(config, "sample_size", 32, home) // _integer(config, "patch_size", 2, home)
+        side = _number(config, "sample_size", 32, home) // _number(config, "patch_size", 2, home)
         tensors["pos_embed"] = position_table(width, side, side).unsqueeze(0)
     if stored is not None:
         classes = stored.backbone.num_classes or 0
@@ -232,13 +236,13 @@ def _foreign_recipe(network: Network, folder: Path, heads: int) -> Recipe:
     """An official DiT's recipe with the schedule, the prediction and the autoencoder of a pipeline that is not ours."""
     values = family_recipe("dit", network, folder, heads).model_dump()
     if (folder / "vae" / "config.json").is_file() and values["representation"]["name"] == "kl":
-        values["representation"] |= {"path": str(folder / "vae"), "scale": None}
+        values["representation"] |= {"path": str((folder / "vae").absolute()), "scale": None}
     path = folder / "scheduler" / "scheduler_config.json"
     if path.is_file():
         config = read_json(path)
-        steps = _integer(config, "num_train_timesteps", 1000, path.parent)
+        steps = _number(config, "num_train_timesteps", 1000, path.parent)
         prediction, schedule = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
-        ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        ends = _number(config, "beta_start", 1e-4, path.parent), _number(config, "beta_end", 0.02, path.parent)
         name = {"linear": "ddpm", "squaredcos_cap_v2": "cosine"}.get(schedule)
         scaled = math.isclose(ends[0], 0.1 / steps) and math.isclose(ends[1], 20 / steps)
         target = next((ours for ours, theirs in PREDICTION_TYPES.items() if theirs == prediction), None)
@@ -279,10 +283,10 @@ def write_folder(checkpoint: Checkpoint, folder: Path, vae: str | None) -> None:
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "transformer" / "config.json", _network_config(recipe, network))
+    _write_autoencoder(recipe, vae, folder / "vae")
     header = {"format": "pt", "class_names": json.dumps(checkpoint.class_names), "recipe": recipe.to_yaml()}
     tensors = _to_diffusers(checkpoint.tensors, network)
     save_tensors(tensors, folder / "transformer" / f"{WEIGHTS}.safetensors", header)
-    _write_autoencoder(recipe, vae, folder / "vae")
     if recipe.backbone.freq_shift == 0:
         log.warning(
             "diffusers computes the time's sinusoids with other frequencies than the network was trained with; after "
@@ -395,8 +399,8 @@ def _to_diffusers(tensors: Mapping[str, Tensor], network: Network) -> dict[str, 
 def _write_autoencoder(recipe: Recipe, vae: str | None, folder: Path) -> None:
     """Copy the autoencoder's config and weights, with the latents' scale; log a warning where there is none at hand."""
     source, scale = vae or recipe.representation.path, recipe.representation.scale
-    found = None if source is None else _find_autoencoder(source)
-    if found is None:
+    weights = None if source is None else _find_autoencoder(source)
+    if weights is None:
         if vae is not None and not hub.is_name(vae):
             raise MezzotintError(f"{vae} is no folder of an autoencoder; give one with a config.json and its weights")
         log.warning(
@@ -406,34 +410,33 @@ def _write_autoencoder(recipe: Recipe, vae: str | None, folder: Path) -> None:
             "" if scale is None else f" (with a scaling_factor of {scale:g})",
         )
         return
-    config = read_json(found / "config.json")
+    config = read_json(weights.parent / "config.json")
     if config.get("shift_factor"):
         raise _inexpressible(f"an autoencoder with a shift_factor ({source})", "it only scales latents")
     if scale is not None:
         config["scaling_factor"] = scale
     _write_json(folder / "config.json", config)
-    weights = next(file for file in _autoencoder_weights(found) if file.is_file())
     shutil.copyfile(weights, folder / weights.name)
 
 
 def _find_autoencoder(source: str) -> Path | None:
-    """The folder of an AutoencoderKL: a local one (or a pipeline's), a hub model's, or None where it cannot be had."""
+    """The weights, beside their config.json, in a local folder (or a pipeline's), or of a hub model; None without."""
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if not hub.is_name(source):
-            return None
-        try:
-            folder = hub.snapshot(source, ["config.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"])
-        except MezzotintError:
-            return None
-    elif not (folder / "config.json").is_file():
-        folder = folder / "vae"
-    whole = (folder / "config.json").is_file() and any(file.is_file() for file in _autoencoder_weights(folder))
-    return folder if whole else None
+    if folder.is_dir():
+        return _autoencoder_weights(folder) or _autoencoder_weights(folder / "vae")
+    if hub.is_name(source):
+        for suffix in ("safetensors", "bin"):
+            with suppress(MezzotintError):
+                folder = hub.snapshot(source, ["config.json", f"{WEIGHTS}.{suffix}"])
+                if weights := _autoencoder_weights(folder):
+                    return weights
+    return None
 
 
-def _autoencoder_weights(folder: Path) -> list[Path]:
-    return [folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"]
+def _autoencoder_weights(folder: Path) -> Path | None:
+    files = (folder / f"{WEIGHTS}.{suffix}" for suffix in ("safetensors", "bin"))
+    weights = next((file for file in files if file.is_file()), None)
+    return weights if (folder / "config.json").is_file() else None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
