@@ -8,6 +8,7 @@ puts the tables into a Markdown file.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -71,9 +72,12 @@ class Random:
         return mean, log_variance
 
 
-def forget(folder: Path) -> None:
-    """Drop the folder's files from the page cache, as far as the system lets us."""
+def prepare(folder: Path, state: str) -> None:
+    """Have the folder's files in the page cache ("warm"), or out of it as far as the system lets us ("cold")."""
     for path in folder.rglob("*.*"):
+        if state == "warm":
+            path.read_bytes()
+            continue
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
@@ -117,63 +121,73 @@ def encoder_rate(batch: int = 4) -> float:
     return batch / median(times[1:])
 
 
-def reading_ways(dataset: CachedLatents) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Three ways to read both mirror states of random rows of float32."""
-    names, size, shape = ("moments", "moments_flipped"), dataset.info.shard_size, (2, 8, SIZE // 8, SIZE // 8)
-    rows = [shard.labels.shape[0] for shard in dataset.shards]
+def by_map(dataset: CachedLatents) -> Callable[[Tensor], Tensor]:
+    """Rows of float32 moments through memory maps of numpy's."""
+    size, shape = dataset.info.shard_size, (8, SIZE // 8, SIZE // 8)
     maps = [
-        [np.memmap(s.path, np.float32, "r", s.offsets[name], (n, *shape[1:])) for name in names]
-        for s, n in zip(dataset.shards, rows, strict=True)
+        [np.memmap(s.path, np.float32, "r", offset, (len(s.labels), *shape)) for offset in s.offsets.values()]
+        for s in dataset.shards
     ]
-    slices = []
-    for shard in dataset.shards:
-        with safe_open(str(shard.path), "pt") as file:
-            slices.append([file.get_slice(name) for name in names])
 
-    def by_map(indices: Tensor) -> Tensor:
-        moments = torch.empty(len(indices), *shape)
+    def read(indices: Tensor) -> Tensor:
+        moments = torch.empty(len(indices), 2, *shape)
         for row, i in zip(moments.numpy(), indices.tolist(), strict=True):
             for side in (0, 1):
                 row[side] = maps[i // size][side][i % size]
         return moments
 
-    def by_slice(indices: Tensor) -> Tensor:
-        moments = torch.empty(len(indices), *shape)
+    return read
+
+
+def by_slice(dataset: CachedLatents) -> Callable[[Tensor], Tensor]:
+    """Rows of float32 moments through safetensors' slices."""
+    size, shape = dataset.info.shard_size, (8, SIZE // 8, SIZE // 8)
+    slices = []
+    for shard in dataset.shards:
+        with safe_open(str(shard.path), "pt") as file:
+            slices.append([file.get_slice(name) for name in shard.offsets])
+
+    def read(indices: Tensor) -> Tensor:
+        moments = torch.empty(len(indices), 2, *shape)
         for row, i in zip(moments, indices.tolist(), strict=True):
             for side in (0, 1):
                 row[side] = slices[i // size][side][i % size]
         return moments
 
-    return {
-        "positioned reads (what the library does)": lambda indices: dataset.get_batch(indices)[0],
-        "memory map (numpy.memmap)": by_map,
-        "safetensors' slices": by_slice,
-    }
+    return read
+
+
+def by_read(dataset: CachedLatents) -> Callable[[Tensor], Tensor]:
+    """What the library does."""
+    return lambda indices: dataset.get_batch(indices)[0]
+
+
+def reading_rate(folder: Path, way: Callable[[CachedLatents], Callable[[Tensor], Tensor]], state: str) -> float:
+    """Rows a second, files and maps opened anew: what is mapped cannot be dropped from memory."""
+    gc.collect()
+    prepare(folder, state)
+    dataset = cached_latents(folder, flip=True)
+    order, read = BatchOrder.over(dataset, BATCH), way(dataset)
+    steps = len(dataset) // BATCH // (COLD_SHARE if state == "cold" else 1)
+    begun = time.perf_counter()
+    for step in range(steps):
+        read(order.indices(step))
+    return steps * BATCH / (time.perf_counter() - begun)
 
 
 def reading_table(folder: Path, rounds: int) -> str:
-    """Random rows of a float32 cache, by each way of reading them."""
-    dataset = cached_latents(folder, flip=True)
-    rates: dict[tuple[str, str], list[float]] = {}
-    for turn in range(rounds):
-        order = BatchOrder.over(dataset, BATCH, turn)
-        for name in reading_ways(dataset):
-            for state in ("cold", "warm"):
-                if state == "cold":
-                    forget(folder)
-                read = reading_ways(dataset)[name]  # opened anew: what is mapped stays in memory
-                steps = len(dataset) // BATCH // (COLD_SHARE if state == "cold" else 1)
-                begun = time.perf_counter()
-                for step in range(steps):
-                    read(order.indices(step))
-                rates.setdefault((name, state), []).append(steps * BATCH / (time.perf_counter() - begun))
-            print(name, *(f"{rates[name, state][-1]:,.0f}" for state in ("cold", "warm")), flush=True)
-    base = {state: median(rates["memory map (numpy.memmap)", state]) for state in ("cold", "warm")}
+    """Random rows of a float32 cache, with mirror images, by each way of reading them."""
+    ways = {"memory map (numpy.memmap)": by_map, "positioned reads (the library)": by_read, "safetensors": by_slice}
+    rates: dict[tuple[str, str], list[float]] = {(name, state): [] for name in ways for state in ("cold", "warm")}
+    for _ in range(rounds):
+        for name, state in rates:
+            rates[name, state].append(reading_rate(folder, ways[name], state))
+            print(name, state, f"{rates[name, state][-1]:,.0f}", flush=True)
+    base = {state: median(rates[next(iter(ways)), state]) for state in ("cold", "warm")}
     cells = {key: f"{median(values):,.0f} ({median(values) / base[key[1]]:.2f}×)" for key, values in rates.items()}
-    names = dict.fromkeys(name for name, _ in cells)
     return table(
         ["random rows, float32, with mirror images", "cold, rows/s", "warm, rows/s"],
-        [[name, cells[name, "cold"], cells[name, "warm"]] for name in names],
+        [[name, cells[name, "cold"], cells[name, "warm"]] for name in ways],
     )
 
 
@@ -184,8 +198,7 @@ def photograph_rate(photos: ImageDataset, workers: int, seed: int) -> float:
 
 def latent_rate(dataset: CachedLatents, workers: int, state: str, seed: int) -> float:
     """Latents read and drawn a second."""
-    if state == "cold":
-        forget(dataset.folder)
+    prepare(dataset.folder, state)
     steps = len(dataset) // BATCH // (COLD_SHARE if state == "cold" else 1)
     return rate(dataset, steps, workers, seed, draw(dataset))
 

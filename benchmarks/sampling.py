@@ -30,7 +30,7 @@ SCALE = 4.0
 
 
 def folders(name: str, root: Path) -> tuple[Path, Path]:
-    """A run folder of random weights and its diffusers folder, with an autoencoder that is next to nothing (stride 1)."""
+    """A run folder of random weights and its diffusers folder, with an autoencoder that is next to nothing."""
     from diffusers import AutoencoderKL
 
     vae = root / "vae"

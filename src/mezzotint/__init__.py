@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mezzotint.denoiser import Denoiser as Denoiser
     from mezzotint.denoiser import Prediction as Prediction
+    from mezzotint.encoding import encode as encode
     from mezzotint.errors import MezzotintError as MezzotintError
     from mezzotint.evaluation.scores import evaluate as evaluate
     from mezzotint.guidance import ConditionalModel as ConditionalModel
@@ -42,6 +43,7 @@ _HOMES = {
     "Sampler": "samplers",
     "build": "pipeline",
     "convert": "interop",
+    "encode": "encoding",
     "evaluate": "evaluation.scores",
     "load": "interop",
     "load_recipe": "recipe",

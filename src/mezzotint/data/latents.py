@@ -334,8 +334,8 @@ class Shard:
 class CachedLatents:
     """An encoded split, read row by row from its files; and the encoder of what it reads, in the autoencoder's place.
 
-    A row is read where it lies by one positioned read, which for random rows beats a memory map (benchmarks/loading.py
-    tells by how much) and holds nothing open: it survives forks and pickling.
+    A row is read where it lies by one positioned read. For random rows that is as fast as a memory map of files that
+    are in memory, and faster than one of files that are not (benchmarks/loading.py); and nothing is held open.
     """
 
     #: as a `Representation`: `encode` draws from a posterior
