@@ -149,16 +149,16 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file whose section for this kind of device is replaced")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", nargs="+", help="default: dit-s-2 dit-b-4 on a CPU, dit-xl-2 too on a GPU")
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 on a CPU, 1 8 64 on a GPU")
-    parser.add_argument("--steps", type=int, help="a divisor of 1000; default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 4 on a CPU, 1 8 64 on a GPU")
+    parser.add_argument("--steps", type=int, help="a divisor of 1000; default: 4 on a CPU, 50 on a GPU")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device = choose_device(options.device)
     gpu = device.type == "cuda"
     text = f"Measured on {machine(device)}; images in [-1, 1].\n\n"
     for name in options.models or ["dit-s-2", "dit-b-4", *(["dit-xl-2"] if gpu else [])]:
-        for batch in options.batches or ([1, 8, 64] if gpu else [1, 8]):
-            text += model_table(name, batch, options.steps or (50 if gpu else 5), options.rounds, device) + "\n"
+        for batch in options.batches or ([1, 8, 64] if gpu else [1, 4]):
+            text += model_table(name, batch, options.steps or (50 if gpu else 4), options.rounds, device) + "\n"
     print(text)
     if options.write is not None:
         write_section(options.write, f"sampling on a {'GPU' if gpu else 'CPU'}", Path(__file__).name, text)

@@ -65,12 +65,33 @@ def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: igno
     assert scored.code == 0, scored.err
     scores = json.loads((run / "scores.json").read_text())
     assert scores["classifier_accuracy"] >= 0.97
-    assert 0 <= scores["class_agreement"] <= 1
     assert scores["guidance"] == 2
     assert scores["bits_per_dim"] > 0
-    assert scores["frechet"] > scores["frechet_real"] > 0
-    assert "Fréchet distance" in scored.out
+    samples, guided, real = (scores["sets"][name] for name in ("samples", "guided", "real"))
+    assert 0 <= samples["class agreement"] <= 1
+    assert samples["images"] == guided["images"] == real["images"] == 100
+    assert samples["FD-classifier"] > real["FD-classifier"] > 0
+    assert scores["features"].startswith("classifier (digits-1x8x8-test")
+    assert "FD-classifier" in scored.out
     assert "real data" in scored.out
+
+
+def test_evaluate_images_against_images(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Two sets that no model of ours made: an .npz against a folder of the same images is at distance zero."""
+    sets = tmp_path / "s.npz", tmp_path / "png"
+    assert mezzotint("sample", trained, "--count", 60, "--npz", sets[0], "--png", sets[1]).code == 0
+    scored = mezzotint("evaluate", *sets, "--features", "pixels", "--out", tmp_path / "a.json", "--infinity")
+    assert scored.code == 0, scored.err
+    same = json.loads((tmp_path / "a.json").read_text())["sets"]["samples"]
+    assert same["FD-pixels"] == pytest.approx(0, abs=1e-6)
+    assert same["precision"] == same["recall"] == 1
+    assert "FD-pixels at N = ∞" in same
+    against = mezzotint("evaluate", sets[0], "digits", "--features", "pixels", "--out", tmp_path / "b.json")
+    assert against.code == 0, against.err
+    assert json.loads((tmp_path / "b.json").read_text())["sets"]["samples"]["FD-pixels"] > 1
+    judged = mezzotint("evaluate", sets[0], "digits", "--out", tmp_path / "c.json")
+    assert judged.code == 0, judged.err
+    assert "class agreement" in json.loads((tmp_path / "c.json").read_text())["sets"]["samples"]
 
 
 def test_the_same_command_writes_the_same_file(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -183,6 +204,11 @@ def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no
         (["encode", "folder:/nowhere"], "image folder /nowhere does not exist"),
         (["sample", "RUN", "--out", "/proc/no.png"], "cannot write /proc/no.png"),
         (["evaluate", "RUN", "--steps", "-1"], "sampling.steps = -1 is not valid"),
+        (["evaluate", "RUN", "a", "b"], "images are compared with one reference, not with a and b"),
+        (["evaluate", "here.npz"], "images are scored against others; give a reference"),
+        (["evaluate", "RUN", "--features", "inceptoin"], "feature network 'inceptoin' is unknown; closest: inception"),
+        (["evaluate", "RUN", "backbone.width=8"], "would change the trained model"),
+        (["evaluate", "here.npz", "digits", "--steps", "5"], "here.npz is images, which no sampler draws"),
         (["cost", "dit-xxl-2"], "recipe 'dit-xxl-2' is unknown; closest: dit-xl-"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

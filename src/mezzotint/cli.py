@@ -198,12 +198,46 @@ def sample(
 
 @app.command()
 def evaluate(
-    model: ModelArgument,
-    overrides: ModelOverrides = None,
-    count: Annotated[int, typer.Option(min=10, help="Samples to score, spread evenly over the classes.")] = 1000,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, a checkpoint, a recipe with its --weights; or images: a folder, an .npz, "
+            "module:function.",
+            autocompletion=_complete_recipe,
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REFERENCE] [KEY=VALUE]...",
+            help="Real images: a data set such as folder:PATH, a recipe for its data, a folder, an .npz of images or "
+            "statistics; default: held-out images of the model's data. Overrides of sampling, guidance, representation "
+            "and data.",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="inception, dinov2, clip, classifier, pixels or module:function. Default: the classifier of a "
+            "labelled data set of up to 64 pixels a side, else inception."
+        ),
+    ] = None,
+    feature_weights: Annotated[
+        str | None, typer.Option(help="The feature network's file (inception), or folder or hub name.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="Images to score. Default: 1,000 samples, or all images.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="As for 'mezzotint sample'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Score a second set, guided by this scale.")] = None,
+    infinity: Annotated[
+        bool, typer.Option("--infinity", help="Also the Fréchet distance extrapolated to infinitely many samples.")
+    ] = False,
+    intervals: Annotated[
+        int, typer.Option(min=0, help="Also its 95 % bootstrap interval, from so many resamplings.")
+    ] = 0,
     likelihood: Annotated[
         int, typer.Option(min=0, help="Also the exact bits per dimension of so many held-out images (slow).")
     ] = 0,
@@ -217,24 +251,53 @@ def evaluate(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Score a model against held-out real images: class agreement, Fréchet distance, precision and recall."""
+    """Score a model, or images, against real ones: Fréchet and kernel distances, precision and recall, and more.
+
+    Two sets of images: mezzotint evaluate A B. Eight GPUs: torchrun --nproc-per-node 8 $(which mezzotint) evaluate ….
+    """
     from mezzotint.evaluation.scores import evaluate as score
     from mezzotint.files import write_text
+    from mezzotint.interop import is_checkpoint
+    from mezzotint.training.parallel import world
 
-    pipeline = open_model(model, overrides or [], weights=weights, device=device, sampler=sampler, steps=steps)
-    pipeline.prepare(precision, compiled=compiled)
-    scores = score(
-        pipeline,
-        count=count,
-        guidance=guidance,
-        likelihood=likelihood,
-        seed=seed,
-        batch_size=batch_size,
-        progress=True,
-    )
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    references = [argument for argument in arguments or [] if "=" not in argument]
+    if len(references) > 1:
+        raise MezzotintError(f"images are compared with one reference, not with {' and '.join(references)}")
+    with world(device) as here:
+        scored: Any = model
+        if is_checkpoint(model) or weights != "model" or _is_recipe(model):
+            scored = open_model(
+                model,
+                overrides,
+                weights=weights,
+                device=str(here.device),
+                may_change=("sampling", "guidance", "representation", "data"),
+                sampler=sampler,
+                steps=steps,
+            )
+            scored.prepare(precision, compiled=compiled)
+        elif overrides or sampler or steps or guidance:
+            raise MezzotintError(f"{model} is images, which no sampler draws; leave sampling and overrides out")
+        scores = score(
+            scored,
+            references[0] if references else None,
+            features=features,
+            weights=feature_weights,
+            count=count,
+            guidance=guidance,
+            likelihood=likelihood,
+            infinity=infinity,
+            intervals=intervals,
+            seed=seed,
+            batch_size=batch_size,
+            progress=here.is_main,
+        )
+        if not here.is_main:
+            return
     print_scores(scores)
-    out = out or (Path(model) if Path(model).is_dir() else Path()) / "scores.json"
-    write_text(out, json.dumps(scores, indent=2) + "\n")
+    out = out or (Path(model) if (Path(model) / "recipe.yaml").is_file() else Path()) / "scores.json"
+    write_text(out, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.print(f"wrote {out}", soft_wrap=True)
 
 
@@ -404,40 +467,51 @@ def recipes(
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """The scores as a table, samples and real images side by side."""
-    guided = "guidance" in scores
-    columns = [
-        ("", "samples"),
-        *([("_guided", f"guided, {scores['guidance']:g}")] if guided else []),
-        ("_real", "real data"),
-    ]
+    """The figures of every set side by side, and what they were taken in."""
+    sets: dict[str, dict[str, Any]] = scores["sets"]
+    titles = {"guided": f"guided, {scores.get('guidance', 1):g}", "real": "real data"}
     table = Table(
-        f"{scores['samples']} samples against {scores['reference']}",
-        *(title for _, title in columns),
-        caption=f"features: {scores['features']}; real data: training images against the same held-out ones",
+        "",
+        *(titles.get(name, name) for name in sets),
+        caption=f"features: {scores['features']}; reference: {scores['reference']}, {scores['reference_images']} images"
+        + ("; real data: its training images" if "real" in sets else ""),
     )
-    rows = {
-        "class_agreement": "class agreement, % (real: the classifier's accuracy)",
-        "frechet": "Fréchet distance (lower is better)",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    values = scores | {"class_agreement_real": scores.get("classifier_accuracy")}
-    for key, title in rows.items():
-        cells = [values.get(key + suffix) for suffix, _ in columns]
-        if any(cell is not None for cell in cells):
-            factor, digits = (100, 1) if key == "class_agreement" else (1, 3)
-            table.add_row(title, *("" if cell is None else f"{factor * cell:.{digits}f}" for cell in cells))
-    if "bits_per_dim" in scores:
-        title = "bits per dimension of held-out images"
-        table.add_row(title, f"{scores['bits_per_dim']:.3f} ± {scores['bits_per_dim_error']:.3f}")
+    rows = [row for figures in sets.values() for row in figures if row != "source"]
+    for row in dict.fromkeys(rows):
+        table.add_row(row, *(_figure(figures.get(row)) for figures in sets.values()))
     results.print(table)
+    if "bits_per_dim" in scores:
+        bits = f"{scores['bits_per_dim']:.3f} ± {scores['bits_per_dim_error']:.3f}"
+        results.print(f"bits per dimension of held-out images: {bits}")
 
 
-def open_model(model: str, overrides: list[str], *, weights: str, device: str, **options: Any) -> Any:
+def _figure(value: float | int | list[float] | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " to ".join(map(_figure, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2e}"
+
+
+def _is_recipe(model: str) -> bool:
+    from mezzotint.recipe import recipe_names
+
+    return model in recipe_names() or model.endswith((".yaml", ".yml"))
+
+
+def open_model(
+    model: str,
+    overrides: list[str],
+    *,
+    weights: str,
+    device: str,
+    may_change: tuple[str, ...] = ("sampling", "guidance", "representation"),
+    **options: Any,
+) -> Any:
     """The pipeline of a run folder, of a checkpoint, or of a recipe with the checkpoint `weights`.
 
-    `options` are the sampler, steps and guidance that were asked for; None is what the recipe says.
+    `may_change` are the sections that overrides may change of a trained model. `options` are the sampler, steps and
+    guidance that were asked for; None is what the recipe says.
     """
     from mezzotint.interop import load
     from mezzotint.recipe import load_recipe, override_recipe
@@ -446,12 +520,11 @@ def open_model(model: str, overrides: list[str], *, weights: str, device: str, *
     keys = {"sampler": "sampling.sampler", "steps": "sampling.steps", "guidance": "guidance.scale"}
     given = [f"{keys[key]}={json.dumps(value)}" for key, value in options.items() if value is not None]
     here = choose_device(device)
-    if not model.endswith((".yaml", ".yml")) and (Path(model).exists() or "/" in model):
+    if not _is_recipe(model):
         for override in overrides:
-            if not override.startswith(("sampling.", "sampling=", "guidance.", "representation.")):
+            if not override.startswith(tuple(section + mark for section in may_change for mark in ".=")):
                 raise MezzotintError(
-                    f"override {override!r} would change the trained model; only sampling, guidance and "
-                    "representation can be"
+                    f"override {override!r} would change the trained model; only {', '.join(may_change)} can be"
                 )
         pipeline = load(model, weights=weights, device=here)
         pipeline.recipe = override_recipe(pipeline.recipe, [*overrides, *given])

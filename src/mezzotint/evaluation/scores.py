@@ -1,85 +1,160 @@
-"""Scores of a trained pipeline against real images that it never saw."""
+"""Scores of images, from wherever they come, against real ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mezzotint.data import ImageDataset
-from mezzotint.data.transforms import to_uint8
 from mezzotint.errors import MezzotintError
-from mezzotint.evaluation.classifier import Classifier
-from mezzotint.evaluation.frechet import frechet_distance
-from mezzotint.evaluation.manifold import precision_recall
+from mezzotint.evaluation.classifier import trained_classifier
+from mezzotint.evaluation.confidence import bootstrap
+from mezzotint.evaluation.features import Extracted, FeatureNetwork, extract, feature_network, is_inception
+from mezzotint.evaluation.frechet import frechet_distance, frechet_distance_infinity
+from mezzotint.evaluation.inception_score import inception_score
+from mezzotint.evaluation.kernel import kernel_distance
+from mezzotint.evaluation.manifold import density_coverage, precision_recall
+from mezzotint.evaluation.reference import Reference, reference_statistics
+from mezzotint.evaluation.sources import ImageSource, image_source, random_order
 from mezzotint.guidance import ConditionalModel
-from mezzotint.pipeline import Pipeline, choose_labels, sample
-from mezzotint.recipe import DataSettings
+from mezzotint.pipeline import Pipeline
+from mezzotint.recipe import DataSettings, load_recipe, recipe_names
 from mezzotint.samplers import example_generators
 from mezzotint.samplers.likelihood import bits_per_dim, log_likelihood
 
-#: real images compared with, at most: enough for pixel statistics, and quick
-MAX_REAL = 10_000
-#: images on either side of precision and recall, at most: their time grows with the square
-MAX_MANIFOLD = 2_000
+#: images on either side of the metrics that look at single images, at most: their time grows with the square
+MAX_ROWS = 10_000
+#: sides in pixels up to which a labelled data set's own classifier sees enough to be the default
+SMALL = 64
+#: images in each of the 100 subsets of the kernel distance
+SUBSET = 1000
 
 
 def evaluate(
-    pipeline: Pipeline,
+    model: Pipeline | ImageSource | str | Path,
+    reference: DataSettings | ImageSource | str | Path | None = None,
     *,
-    count: int = 1000,
+    features: str | FeatureNetwork | None = None,
+    weights: str | Path | None = None,
+    count: int | None = None,
     guidance: float | None = None,
     likelihood: int = 0,
+    infinity: bool = False,
+    intervals: int = 0,
+    rows: int = MAX_ROWS,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Score `count` class-balanced samples, and as many guided ones with a `guidance` scale, against held-out images.
+    """Score `count` images of `model` against `reference`.
 
-    Fréchet distance (up to 10,000 images), precision and recall (up to 2,000) are taken in pixels, with the same
-    figures for real training images against the held-out ones beside them (``…_real``). For labelled data, an
-    independent classifier fitted on the held-out images, which the model never saw, tells the share of samples of
-    the class that was asked for; its own accuracy is measured on the training images, which it never saw.
-    `likelihood` adds the bits per dimension of so many held-out images. Raises `MezzotintError` where the data have
-    no held-out split.
+    model: a pipeline, of which class-balanced samples are drawn (1,000 unless `count` says), with `guidance` a second,
+    guided set too; or images (see `image_source`). reference: real images, an .npz of statistics, a recipe's name for
+    the held-out images of its data set, or None for those of the pipeline's own. features: see `feature_network`; None
+    is the classifier of a labelled data set of up to 64 pixels a side, and inception for all others; weights: its file
+    or folder.
+
+    Against a data set's held-out images, as many of its training images are scored as well (``real``): what a perfect
+    model would get. Where the features are those of its classifier, that also tells the share of samples that are of
+    the class asked for. infinity: extrapolate the Fréchet distance to infinitely many samples. intervals: 95 %
+    bootstrap intervals from so many resamplings. likelihood: bits per dimension of so many held-out images. rows:
+    images on either side that precision, recall and kernel distances look at. options: those of `Sampler`.
+
+    Returns {"features", "reference", "reference_images", "sets": {"samples" | "guided" | "real": figures}, …}, where a
+    figure's name tells its features: FID of inception alone, FD-classifier, FD-dinov2. Raises `MezzotintError` where
+    there is nothing to compare with, and as the sources, the network and the metrics do.
     """
-    settings = pipeline.recipe.data
-    train, train_labels = real_images(settings, "train")
-    held_out, held_out_labels = real_images(settings, "test")
-    # One feature space for every data set of this size; its name goes with the numbers.
-    features = Classifier.features
-    real = features(held_out)
-    scores: dict[str, Any] = {
-        "recipe": pipeline.recipe.name,
-        "samples": count,
-        "features": "pixels",
-        "reference": f"{len(held_out)} held-out images of {settings.name}",
-        **_distances(real, features(train), "_real"),
-    }
+    if reference is None:
+        if not isinstance(model, Pipeline):
+            raise MezzotintError(
+                "images are scored against others; give a reference: a data set such as folder:PATH, a folder, an .npz"
+            )
+        reference = model.recipe.data
+    settings = data_settings(reference)
+    network = features if isinstance(features, FeatureNetwork) else _network(features, weights, settings, model)
+    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    real = reference_statistics(settings or reference, network, rows=rows, **shared)
+    scores: dict[str, Any] = {"features": network.name, "reference": real.source, "reference_images": real.count}
+    sets: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, source: ImageSource) -> Extracted:
+        seen = extract(source, network, keep_rows=None if infinity else rows, **shared)
+        sets[name] = figures(seen, real, infinity=infinity, intervals=intervals, rows=rows)
+        if classifier is not None and seen.labels is not None and seen.logits is not None:
+            sets[name]["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
+        return seen
+
     classifier = None
-    if pipeline.denoiser.num_classes and train_labels is not None and held_out_labels is not None:
-        classifier = Classifier.fit(held_out, held_out_labels)
-        judged = slice(2000)  # an SVC takes milliseconds an image
-        scores["classifier"] = "SVC on the pixels of the held-out images"
-        scores["classifier_accuracy"] = classifier.accuracy(train[judged], train_labels[judged])
-    labels = choose_labels(pipeline, None, count)
-    for suffix, scale in {"": 1.0, "_guided": guidance}.items():
-        if scale is None:
-            continue
-        images = sample(pipeline, None, count, guidance=scale, seed=seed, batch_size=batch_size, progress=progress)
-        pixels = to_uint8(images)
-        if suffix:
-            scores["guidance"] = scale
-        if classifier is not None and labels is not None:
-            scores[f"class_agreement{suffix}"] = classifier.agreement(pixels, labels)
-        scores |= _distances(real, features(pixels), suffix)
+    if settings is not None and _kind(network.name) == "classifier":
+        classifier = trained_classifier(settings)
+        scores["classifier_accuracy"] = classifier.tested
+    if isinstance(model, Pipeline):
+        scores["recipe"] = model.recipe.name
+        scales = {"samples": 1.0} | ({} if guidance is None else {"guided": guidance})
+        for name, scale in scales.items():
+            add(name, image_source(model, count=count, guidance=scale, seed=seed, **options))
+        if guidance is not None:
+            scores["guidance"] = guidance
+    else:
+        if settings is not None and isinstance(model, str | Path) and Path(model).exists():
+            options |= {"channels": settings.channels}  # ADM's .npz is in colour even where nothing is
+        add("samples", image_source(model, count=count, **options))
+    if settings is not None and (train := _training_images(settings, sets["samples"]["images"])) is not None:
+        add("real", train)
+    scores["sets"] = sets
     if likelihood:
-        some = slice(likelihood)
-        some_labels = None if held_out_labels is None else held_out_labels[some]
-        scores |= mean_bits_per_dim(pipeline, held_out[some], some_labels, seed=seed, batch_size=batch_size)
+        if not isinstance(model, Pipeline):
+            raise MezzotintError("bits per dimension are a model's, not those of images; leave likelihood out")
+        some, labels = _first_images(image_source(settings or reference, count=likelihood))
+        scores |= mean_bits_per_dim(model, some, labels, seed=seed, batch_size=batch_size)
     return scores
+
+
+def figures(
+    seen: Extracted, real: Reference, *, infinity: bool = False, intervals: int = 0, rows: int = MAX_ROWS
+) -> dict[str, Any]:
+    """The figures of images that a network saw, against those of a reference that the same network saw.
+
+    Raises `MezzotintError` where the networks differ, and as the metrics do.
+    """
+    if seen.network != real.network:
+        raise MezzotintError(
+            f"the images were seen by {seen.network}, the reference by {real.network}; their features do not compare"
+        )
+    kind = _kind(seen.network)
+    frechet, kernel = ("FID", "KID") if kind == "inception" else (f"FD-{kind}", f"KD-{kind}")
+    made: dict[str, Any] = {"images": seen.count, "source": seen.source}
+    made[frechet] = frechet_distance(real.statistics["features"], seen.statistics["features"])
+    if "spatial" in seen.statistics and "spatial" in real.statistics:
+        made["sFID"] = frechet_distance(real.statistics["spatial"], seen.statistics["spatial"])
+    if seen.logits is not None:
+        name = "Inception score" if kind == "inception" else f"Inception score ({kind})"
+        # Samples come sorted by class, and a split must hold all of them; the usual ten need enough for each.
+        shuffled = seen.logits[random_order(len(seen.logits), len(seen.logits))]
+        splits = 10 if seen.count >= 5000 else 1
+        made[name], deviation = inception_score(shuffled, splits, logits=True)
+        if splits > 1:
+            made[f"{name}, std over {splits} splits"] = deviation
+    fakes, reals = seen.rows[:rows], real.rows[:rows]
+    if len(reals) > 5 and len(fakes) > 5:
+        # The usual 100 subsets of 1,000 share most of their images where there are not many more.
+        subsets = 100 if min(len(reals), len(fakes)) >= 5 * SUBSET else None
+        distance = kernel_distance(reals, fakes, subsets=subsets, subset_size=SUBSET)
+        made[kernel], made[f"{kernel}, standard error"] = distance
+        made["precision"], made["recall"] = precision_recall(reals, fakes)
+        made["density"], made["coverage"] = density_coverage(reals, fakes)
+    if infinity:
+        smallest = max(2, min(5000, len(seen.rows) // 2))
+        line = frechet_distance_infinity(real.statistics["features"], seen.rows, smallest=smallest)
+        made[f"{frechet} at N = ∞"], made[f"{frechet} at N = ∞, standard error"] = line.value, line.standard_error
+    if intervals:
+        held = bootstrap(lambda some: frechet_distance(real.statistics["features"], some), seen.rows, samples=intervals)
+        made[f"{frechet}, 95 % interval"] = [held.low, held.high]
+    return made
 
 
 def mean_bits_per_dim(
@@ -105,20 +180,43 @@ def mean_bits_per_dim(
     return {"bits_per_dim": values.mean().item(), "bits_per_dim_error": (values.std() / len(values) ** 0.5).item()}
 
 
-def _distances(real: np.ndarray, fake: np.ndarray, suffix: str) -> dict[str, float]:
-    precision, recall = precision_recall(real[:MAX_MANIFOLD], fake[:MAX_MANIFOLD])
-    return {
-        f"frechet{suffix}": frechet_distance(real, fake),
-        f"precision{suffix}": precision,
-        f"recall{suffix}": recall,
-    }
+def data_settings(reference: object) -> DataSettings | None:
+    """The data set that `reference` is, or that the recipe of this name trains on; None for images of another kind."""
+    if isinstance(reference, str) and reference in recipe_names():
+        return load_recipe(reference).data
+    return reference if isinstance(reference, DataSettings) else None
 
 
-def real_images(settings: DataSettings, split: str) -> tuple[Tensor, Tensor | None]:
-    """Up to 10,000 images uint8 (N, C, H, W) of a split, in a fixed random order, and their labels where it has any."""
-    dataset = settings.load(split)
-    if not isinstance(dataset, ImageDataset):
-        raise MezzotintError("a streamed data set cannot be evaluated against; set data.streaming=false")
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_REAL]
-    images, labels = zip(*(dataset[i] for i in chosen.tolist()), strict=True)
-    return torch.stack(images), torch.tensor(labels) if dataset.class_names else None
+def _network(
+    features: str | None, weights: str | Path | None, settings: DataSettings | None, model: object
+) -> FeatureNetwork:
+    """The feature network of this name, or the default for these data, where the model is."""
+    device = model.device if isinstance(model, Pipeline) else "cpu"
+    if features is None:
+        small = settings is not None and settings.labels and settings.size <= SMALL
+        features = "classifier" if small else "inception"
+    if features == "classifier":
+        if settings is None:
+            raise MezzotintError(
+                "the classifier is one of a labelled data set, which the reference is not; choose other features"
+            )
+        return feature_network(features, device=device, data=settings)
+    return feature_network(features, weights=weights, device=device)
+
+
+def _kind(network: str) -> str:
+    """The short name of a feature network, for the names of its figures."""
+    return "inception" if is_inception(network) else network.split(" ")[0]
+
+
+def _training_images(settings: DataSettings, count: int) -> ImageSource | None:
+    """Up to `count` training images; None where the held-out ones are no others (or the set is a stream)."""
+    dataset = settings.load("train")
+    if not isinstance(dataset, ImageDataset) or settings.load("test").identity == dataset.identity:
+        return None
+    return image_source(settings, split="train", count=min(count, len(dataset)))
+
+
+def _first_images(source: ImageSource) -> tuple[Tensor, Tensor | None]:
+    images, labels = zip(*source.batches(256), strict=True)
+    return torch.cat(images), None if labels[0] is None else torch.cat(labels)

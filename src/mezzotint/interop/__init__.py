@@ -126,6 +126,15 @@ def convert(
     return out
 
 
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether `source` looks like what `read_checkpoint` reads, rather than like images."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / "recipe.yaml").is_file() or diffusers.is_folder(path)
+    known = path.suffix in (".safetensors", *official.SUFFIXES)
+    return known or (not path.exists() and hub.is_name(str(source)))
+
+
 def locate(source: str | Path) -> Path:
     """The file or folder that `source` names, downloaded where it is a model of the Hugging Face hub.
 
