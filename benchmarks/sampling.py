@@ -96,7 +96,7 @@ def theirs(
     return draw
 
 
-def model_table(name: str, batch: int, steps: int, rounds: int, device: torch.device) -> str:
+def model_table(name: str, batch: int, steps: int, rounds: int, precisions: list[str], device: torch.device) -> str:
     """One network at one batch size, every way of running it."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(batch, 4, 32, 32, generator=generator).to(device)
@@ -104,7 +104,7 @@ def model_table(name: str, batch: int, steps: int, rounds: int, device: torch.de
     with tempfile.TemporaryDirectory() as root:
         run, folder = folders(name, Path(root))
         ways: dict[str, Callable[[], Tensor]] = {}
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             for compiled in (False, True):
                 mode = f"{precision} {'compiled' if compiled else 'eager'}"
                 options: Any = {"precision": precision, "compiled": compiled}
@@ -151,14 +151,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="default: dit-s-2 dit-b-4 on a CPU, dit-xl-2 too on a GPU")
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 4 on a CPU, 1 8 64 on a GPU")
     parser.add_argument("--steps", type=int, help="a divisor of 1000; default: 4 on a CPU, 50 on a GPU")
+    parser.add_argument("--precisions", nargs="+", help="default: fp32 bf16; fp32 on a CPU without bf16 units")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     device = choose_device(options.device)
     gpu = device.type == "cuda"
     text = f"Measured on {machine(device)}; images in [-1, 1].\n\n"
+    precisions = options.precisions or (["fp32", "bf16"] if gpu or "bf16" in machine(device) else ["fp32"])
     for name in options.models or ["dit-s-2", "dit-b-4", *(["dit-xl-2"] if gpu else [])]:
         for batch in options.batches or ([1, 8, 64] if gpu else [1, 4]):
-            text += model_table(name, batch, options.steps or (50 if gpu else 4), options.rounds, device) + "\n"
+            steps = options.steps or (50 if gpu else 4)
+            text += model_table(name, batch, steps, options.rounds, precisions, device) + "\n"
     print(text)
     if options.write is not None:
         write_section(options.write, f"sampling on a {'GPU' if gpu else 'CPU'}", Path(__file__).name, text)

@@ -1,0 +1,128 @@
+"""What `evaluate` puts together: names, sets, references, and one result from any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mezzotint
+from mezzotint.errors import MezzotintError
+from mezzotint.evaluation.features import FeatureNetwork, extract
+from mezzotint.evaluation.reference import reference_statistics
+from mezzotint.evaluation.scores import evaluate, figures
+from mezzotint.evaluation.sources import image_source
+from mezzotint.recipe import Recipe, override_recipe
+
+
+@pytest.fixture
+def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
+    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return made
+
+
+def means(images: torch.Tensor) -> torch.Tensor:
+    """Four features, the means of the quarters, so that few samples have a covariance of full rank."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def test_a_figure_is_named_after_its_features(pipeline: mezzotint.Pipeline) -> None:
+    """Distances in different networks never share a name; FID and KID are Inception's alone."""
+    images = image_source("digits", count=50)
+    names = {}
+    for kind in ("inception-v3 (2015 TensorFlow graph, test)", "quarters (test)"):
+        network = FeatureNetwork(kind, means, cacheable=False)
+        real = reference_statistics("digits", network, rows=50)
+        names[kind] = set(figures(extract(images, network, keep_rows=50), real))
+    first, second = names.values()
+    assert {"FID", "KID"} <= first
+    assert {"FD-quarters", "KD-quarters"} <= second
+    assert not {"FID", "KID"} & second
+
+
+def test_features_of_two_networks_are_not_compared() -> None:
+    images = image_source("digits", count=50)
+    one, other = (FeatureNetwork(name, means, cacheable=False) for name in ("one (1)", "other (2)"))
+    with pytest.raises(MezzotintError, match=r"seen by one \(1\), the reference by other \(2\)"):
+        figures(extract(images, one), reference_statistics("digits", other))
+
+
+def test_real_data_stand_beside_the_samples(pipeline: mezzotint.Pipeline) -> None:
+    """As many training images as there are samples; they are nearer to the held-out ones than noise is."""
+    network = FeatureNetwork("quarters (test)", means, cacheable=False)
+    scores = evaluate(pipeline, features=network, count=120, guidance=2.0, steps=2)
+    assert list(scores["sets"]) == ["samples", "guided", "real"]
+    assert {values["images"] for values in scores["sets"].values()} == {120}
+    assert scores["sets"]["real"]["FD-quarters"] < 0.1 * scores["sets"]["samples"]["FD-quarters"]
+    assert scores["reference_images"] == 899
+    assert scores["features"] == "quarters (test)"
+    json.dumps(scores)
+
+
+def test_intervals_and_infinity_belong_to_the_distance(pipeline: mezzotint.Pipeline) -> None:
+    network = FeatureNetwork("quarters (test)", means, cacheable=False)
+    images = image_source("digits", split="train", count=400)
+    scores = evaluate(images, "digits", features=network, intervals=60, infinity=True)["sets"]["samples"]
+    low, high = scores["FD-quarters, 95 % interval"]
+    assert low < high
+    assert scores["FD-quarters at N = ∞"] < scores["FD-quarters"], "the bias of few samples is taken out"
+
+
+def test_the_inception_score_does_not_depend_on_the_order_of_the_classes() -> None:
+    """Samples come sorted by class; split in that order, ten splits would hold one class each and score 1."""
+
+    def sorted_classes(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        labels = images[:, 0, 0, 0].long()
+        return {"features": means(images), "logits": 50.0 * torch.nn.functional.one_hot(labels, 10).float()}
+
+    classes = np.repeat(np.arange(10, dtype=np.uint8), 600)
+    array = np.broadcast_to(classes[:, None, None, None], (6000, 4, 4, 3))
+    path = Path(os.environ["MEZZOTINT_CACHE"]) / "sorted.npz"
+    np.savez(path, arr_0=array)
+    network = FeatureNetwork("sorted (test)", sorted_classes, cacheable=False)
+    seen = extract(image_source(path), network)
+    score = figures(seen, reference_statistics(path, network))
+    assert score["Inception score (sorted)"] == pytest.approx(10, rel=0.01)
+    assert "Inception score (sorted), std over 10 splits" in score
+
+
+def test_processes_share_the_work_and_find_the_same(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(pipeline.recipe.to_yaml())
+    mezzotint.pipeline.save_weights(pipeline.denoiser.backbone, run / "model.safetensors", {})
+    found = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "mezzotint.cli", "evaluate", str(run), "--features", "pixels", "--count", "150"]
+        command += ["--batch-size", "40", "--device", "cpu", "--out", str(tmp_path / f"{processes}.json")]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / f"{processes}.json").read_text())["sets"])
+    for name, figures_of_one in found[0].items():
+        for key, value in figures_of_one.items():
+            other = found[1][name][key]
+            assert other == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"model": "digits"}, "images are scored against others; give a reference"),
+        ({"model": "digits", "reference": "idx:/nowhere"}, "nowhere"),
+        ({"model": "digits", "reference": "digits", "likelihood": 3}, "a model's, not those of images"),
+        ({"model": "digits", "reference": "digits", "features": "vgg"}, "feature network 'vgg' is unknown"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(MezzotintError, match=sentence):
+        evaluate(**{"features": "pixels", **arguments})  # type: ignore[arg-type]
