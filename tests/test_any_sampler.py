@@ -57,4 +57,3 @@ def test_official_weights_with_any_sampler(pipeline: mezzotint.Pipeline, sampler
     )
     family = sampler if sampler in SAMPLERS else sampler.rpartition("-")[0]
     assert sampling_evaluations(recipe)[family] in (len(calls), None)
-

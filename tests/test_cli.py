@@ -164,8 +164,28 @@ def test_imagenet_classes_by_name() -> None:
         parse_classes(["goldn retriever"], 1000, names)
 
 
+def test_sweep_and_its_pictures_in_the_page(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "model.safetensors"):
+        (run / name).write_bytes((trained / name).read_bytes())
+    grid = ["sampler=ddim,sde-sigma", "steps=2,3", "--count", 100, "--features", "pixels"]
+    swept = mezzotint("sweep", run, *grid)
+    assert swept.code == 0, swept.err
+    assert len((run / "sweep.csv").read_text().splitlines()) == 5
+    assert "FD-pixels" in swept.out
+    pictures = list(run.glob("sweep-*.png"))
+    assert pictures
+    page = mezzotint("evaluate", run, "--count", 50, "--html", tmp_path / "page.html")
+    assert page.code == 0, page.err
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text
+    assert text.count("data:image/png;base64,") > len(pictures)
+    assert "is unknown" in mezzotint("sweep", run, "samplr=ddim").err
+
+
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["sample"], ["evaluate"], ["convert"], ["encode"], ["cost"], ["recipes"]]
+    "command", [[], ["train"], ["sample"], ["evaluate"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]]
 )
 def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no-untyped-def]
     shown = mezzotint(*command, "--help")

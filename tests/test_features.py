@@ -494,7 +494,7 @@ def test_weights_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused("cannot read the weights .*weights.pth .No such file")
     torch.save({"weight": Evil()}, file)
     refused("no whole PyTorch file of tensors")
-    file.write_bytes(pickle.dumps(Evil()))
+    file.write_bytes(pickle.dumps(Evil(), protocol=2))
     refused("no whole PyTorch file of tensors")
     torch.save({"weight": torch.zeros(2)}, file)
     digest, state = features_module._read_weights(file)
@@ -625,7 +625,7 @@ def test_images_are_resized_as_pil_does(width: int, height: int, mode: str, resa
         levels = (found * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)) * 255
         differences = (levels - expected).abs().round()
         assert differences.max() <= 1
-        assert differences.mean() < 0.01
+        assert differences.mean() < (0.01 if mode == "bicubic" else 0.1)  # simple ratios hit many halves
 
 
 def test_clip_is_transformers_model(transformers: Any, clip: Path) -> None:
@@ -832,7 +832,6 @@ import sys
 import torch
 import torch.distributed as dist
 from mezzotint.errors import MezzotintError
-from mezzotint.evaluation.classifier import trained_classifier
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
 from mezzotint.evaluation.sources import image_source, of_first
@@ -848,30 +847,31 @@ def broken(images):
 with world("cpu") as here:
     torch.set_num_threads(1)
     network = FeatureNetwork("squares", compute)
-    found = extract(image_source("digits", count=300), network, batch_size=64, keep_rows=40)
-    few = extract(image_source("digits", count=50), network, batch_size=64, keep_rows=None)  # one process has none
-    reference = reference_statistics("digits", network, count=200, rows=20)
-    again = reference_statistics("digits", network, count=200, rows=20)
+    found = extract(image_source(sys.argv[1]), network, batch_size=64, keep_rows=40)
+    few = extract(image_source(sys.argv[1], count=50), network, batch_size=64, keep_rows=None)  # one process has none
+    reference = reference_statistics(sys.argv[1], network, count=200, rows=20)
+    again = reference_statistics(sys.argv[1], network, count=200, rows=20)
     assert torch.equal(reference.rows, again.rows)
     assert of_first(lambda: here.rank) == 0
     try:
-        extract(image_source("digits"), FeatureNetwork("broken", broken))
+        extract(image_source(sys.argv[1]), FeatureNetwork("broken", broken))
     except MezzotintError as error:
         assert "NaN" in str(error)
     else:
         raise AssertionError
-    torch.save([found, few, reference], f"{sys.argv[1]}-{here.rank}.pt")
+    torch.save([found, few, reference], f"{sys.argv[2]}-{here.rank}.pt")
 """
 
 
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     (tmp_path / "shared.py").write_text(SHARED)
+    images = write_npz(tmp_path / "images.npz", noise(300, 1, 8, 8), torch.arange(300) % 7)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"OMP_NUM_THREADS": "1", "MEZZOTINT_CACHE": str(tmp_path / "cache"), "WORLD_SIZE": "2"}
     settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # as torchrun sets them
-    command = [sys.executable, str(tmp_path / "shared.py"), str(tmp_path / "found")]
+    command = [sys.executable, str(tmp_path / "shared.py"), str(images), str(tmp_path / "found")]
     processes = [subprocess.Popen(command, env=os.environ | settings | {"RANK": str(rank)}) for rank in (0, 1)]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(list((tmp_path / "cache" / "references").iterdir())) == 1
@@ -880,9 +880,9 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     exec(SHARED.partition("def broken")[0], scope)
     network = FeatureNetwork("squares", scope["compute"])
     expected = [
-        extract(image_source("digits", count=300), network, batch_size=64, keep_rows=40),
-        extract(image_source("digits", count=50), network, batch_size=64, keep_rows=None),
-        reference_statistics("digits", network, count=200, rows=20),
+        extract(image_source(images), network, batch_size=64, keep_rows=40),
+        extract(image_source(images, count=50), network, batch_size=64, keep_rows=None),
+        reference_statistics(images, network, count=200, rows=20),
     ]
     for rank in (0, 1):
         for one, other in zip(torch.load(tmp_path / f"found-{rank}.pt", weights_only=False), expected, strict=True):

@@ -246,6 +246,10 @@ def evaluate(
     weights: Weights = "model",
     precision: Precision = "fp32",
     compiled: Compiled = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page: samples, their nearest training images, classes, a sweep's pictures."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The JSON file to write; default: scores.json in the run folder, else here.")
     ] = None,
@@ -289,6 +293,8 @@ def evaluate(
             likelihood=likelihood,
             infinity=infinity,
             intervals=intervals,
+            html=html,
+            run=model if (Path(model) / "recipe.yaml").is_file() else None,
             seed=seed,
             batch_size=batch_size,
             progress=here.is_main,
@@ -299,6 +305,69 @@ def evaluate(
     out = out or (Path(model) if (Path(model) / "recipe.yaml").is_file() else Path()) / "scores.json"
     write_text(out, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    model: ModelArgument,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="AXIS=VALUE,VALUE...",
+            help="sampler, steps, guidance, or a key of sampling or guidance, with the values to go through.",
+        ),
+    ],
+    features: Annotated[str | None, typer.Option(help="As for 'mezzotint evaluate'.")] = None,
+    feature_weights: Annotated[str | None, typer.Option(help="As for 'mezzotint evaluate'.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Real images, as for 'mezzotint evaluate'; default: those of the model's data.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Samples to score for each combination.")] = 1000,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the pictures (needs matplotlib).")] = True,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    weights: Weights = "model",
+    precision: Precision = "fp32",
+    compiled: Compiled = False,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: the run folder, else sweep.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Sample and score every combination of samplers, steps, guidance and their settings, each once.
+
+    The same command goes on after a kill, and one with more values costs what is new.
+    """
+    from mezzotint.evaluation.sweep import parse_axes, sweep_pictures, sweep_table
+    from mezzotint.evaluation.sweep import sweep as run_sweep
+    from mezzotint.training.parallel import world
+
+    axes, overrides = parse_axes(arguments)
+    out = out or (Path(model) if (Path(model) / "recipe.yaml").is_file() else Path("sweep"))
+    with world(device) as here:
+        may_change = ("sampling", "guidance", "representation", "data")
+        pipeline = open_model(model, overrides, weights=weights, device=str(here.device), may_change=may_change)
+        pipeline.prepare(precision, compiled=compiled)
+        try:
+            rows = run_sweep(
+                pipeline,
+                out,
+                axes,
+                count=count,
+                features=features,
+                weights=feature_weights,
+                reference=reference,
+                seed=seed,
+                batch_size=batch_size,
+                plots=plots,
+                progress=here.is_main,
+            )
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on")
+            raise typer.Exit(130) from None
+        if not here.is_main:
+            return
+    results.print(sweep_table(rows))
+    for path in [out / "sweep.csv", *(sweep_pictures(out) if plots else [])]:
+        results.print(str(path), soft_wrap=True)
 
 
 @app.command()

@@ -224,7 +224,8 @@ def _inception(weights: str | Path | None, device: torch.device | str, precision
     torch.save(state, copy)
     copy.seek(0)
     try:
-        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], copy)
+        with torch.random.fork_rng(devices=[]):
+            network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], copy)
     except RuntimeError as error:
         raise MezzotintError(
             f"{file} does not hold the weights of Inception-v3 ({str(error).splitlines()[-1].strip()}); expected those "
@@ -329,7 +330,7 @@ class Preprocessing:
 def _transformer(kind: str, weights: str | Path | None, device: torch.device | str, precision: str) -> FeatureNetwork:
     """CLIP's image embeddings (before they are normalised), or DINOv2's class token after the last normalisation.
 
-    CLIP's images are resized and cut as its processor says. DINOv2's processor would cut an eighth off, but the Fréchet
+    CLIP's images are resized and cut as its processor says. DINOv2's processor would cut off an eighth, but the Fréchet
     distance in DINOv2 (Stein et al. 2023, arXiv 2306.04675) is that of whole images, squeezed to a square.
     """
     try:
@@ -406,8 +407,9 @@ def _preprocessing(kind: str, source: str, processor: Any) -> Preprocessing:
     """What preprocessor_config.json says, as far as it may differ between models of these kinds."""
     size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
     resize = size.get("shortest_edge")
-    side = crop.get("height") if processor.do_center_crop else size.get("height", resize)
-    if side is None or side != (crop.get("width", side) if processor.do_center_crop else size.get("width", side)):
+    cut = crop if getattr(processor, "do_center_crop", False) else {"height": resize, "width": resize} | size
+    side = cut.get("height")
+    if side is None or side != cut.get("width"):
         raise MezzotintError(
             f"the image processor of {source} makes no squares (size {size}, crop {crop}); take another"
         )

@@ -45,6 +45,8 @@ def evaluate(
     infinity: bool = False,
     intervals: int = 0,
     rows: int = MAX_ROWS,
+    html: str | Path | None = None,
+    run: str | Path | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
@@ -62,7 +64,8 @@ def evaluate(
     model would get. Where the features are those of its classifier, that also tells the share of samples that are of
     the class asked for. infinity: extrapolate the Fréchet distance to infinitely many samples. intervals: 95 %
     bootstrap intervals from so many resamplings. likelihood: bits per dimension of so many held-out images. rows:
-    images on either side that precision, recall and kernel distances look at. options: those of `Sampler`.
+    images on either side that precision, recall and kernel distances look at. html: also write a page of it all (see
+    `write_report`), with the pictures of a sweep in the folder `run`. options: those of `Sampler`.
 
     Returns {"features", "reference", "reference_images", "sets": {"samples" | "guided" | "real": figures}, …}, where a
     figure's name tells its features: FID of inception alone, FD-classifier, FD-dinov2. Raises `MezzotintError` where
@@ -75,18 +78,19 @@ def evaluate(
             )
         reference = model.recipe.data
     settings = data_settings(reference)
-    network = features if isinstance(features, FeatureNetwork) else _network(features, weights, settings, model)
+    network = choose_network(features, weights, settings, model)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     real = reference_statistics(settings or reference, network, rows=rows, **shared)
     scores: dict[str, Any] = {"features": network.name, "reference": real.source, "reference_images": real.count}
     sets: dict[str, dict[str, Any]] = {}
+    seen_sets: dict[str, tuple[ImageSource, Extracted]] = {}
 
-    def add(name: str, source: ImageSource) -> Extracted:
+    def add(name: str, source: ImageSource) -> None:
         seen = extract(source, network, keep_rows=None if infinity else rows, **shared)
         sets[name] = figures(seen, real, infinity=infinity, intervals=intervals, rows=rows)
         if classifier is not None and seen.labels is not None and seen.logits is not None:
             sets[name]["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
-        return seen
+        seen_sets[name] = source, seen
 
     classifier = None
     if settings is not None and _kind(network.name) == "classifier":
@@ -111,6 +115,10 @@ def evaluate(
             raise MezzotintError("bits per dimension are a model's, not those of images; leave likelihood out")
         some, labels = _first_images(image_source(settings or reference, count=likelihood))
         scores |= mean_bits_per_dim(model, some, labels, seed=seed, batch_size=batch_size)
+    if html is not None:
+        from mezzotint.evaluation.report import write_report  # which knows the names of the figures made here
+
+        write_report(html, scores, seen_sets, network, data=settings, run=run, **shared)
     return scores
 
 
@@ -187,10 +195,15 @@ def data_settings(reference: object) -> DataSettings | None:
     return reference if isinstance(reference, DataSettings) else None
 
 
-def _network(
-    features: str | None, weights: str | Path | None, settings: DataSettings | None, model: object
+def choose_network(
+    features: str | FeatureNetwork | None,
+    weights: str | Path | None,
+    settings: DataSettings | None,
+    model: object,
 ) -> FeatureNetwork:
-    """The feature network of this name, or the default for these data, where the model is."""
+    """The feature network that is asked for, or the default for these data, where the model is."""
+    if isinstance(features, FeatureNetwork):
+        return features
     device = model.device if isinstance(model, Pipeline) else "cpu"
     if features is None:
         small = settings is not None and settings.labels and settings.size <= SMALL

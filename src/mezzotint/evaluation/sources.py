@@ -159,8 +159,8 @@ def _maker(spec: object) -> tuple[str, Callable[..., ImageSource]]:
         return "a function", lambda count: FunctionSource(imported(text), text, count)
     hint = "" if place.suffix or "/" in text else f" ({closest(name, data.SOURCES)})"
     raise MezzotintError(
-        f"there are no images at {text!r}; expected a folder of pictures, an .npz of samples, module:function or a data "
-        f"set{hint}"
+        f"there are no images at {text!r}; expected a folder of pictures, an .npz of samples, module:function or a "
+        f"data set{hint}"
     )
 
 
