@@ -22,7 +22,6 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation import frechet, manifold
-from mezzotint.evaluation.classifier import Classifier
 from mezzotint.evaluation.clip_score import clip_score
 from mezzotint.evaluation.confidence import bootstrap
 from mezzotint.evaluation.frechet import (
@@ -34,8 +33,6 @@ from mezzotint.evaluation.inception_score import inception_score
 from mezzotint.evaluation.kernel import kernel_distance
 from mezzotint.evaluation.manifold import density_coverage, precision_recall
 from mezzotint.evaluation.statistics import FeatureStatistics
-
-Halves = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 # ---- Other tools' figures --------------------------------------------------------------------------------------------
 
@@ -663,72 +660,19 @@ def test_unusable_bootstraps_are_refused() -> None:
         bootstrap(lambda _: float("nan"), values)
 
 
-# ---- The classifier --------------------------------------------------------------------------------------------------
+# ---- Real images -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits() -> Halves:
-    """Images uint8 (N, 1, 8, 8) and labels of a training half, then of the held-out half."""
+def test_metrics_tell_real_halves_of_digits_from_degraded_ones() -> None:
+    """On the pixels of two stratified halves: noise lowers precision, missing classes recall."""
     data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, None]
-    train, heldout, train_labels, heldout_labels = train_test_split(
-        images, data.target, test_size=0.5, stratify=data.target, random_state=0
+    other_half, real, labels, _ = train_test_split(
+        data.images.reshape(-1, 64) / 16, data.target, test_size=0.5, stratify=data.target, random_state=0
     )
-    return train, train_labels, heldout, heldout_labels
-
-
-@pytest.fixture(scope="module")
-def classifier(digits: Halves) -> Classifier:
-    return Classifier.fit(*digits[2:])
-
-
-def test_classifier_reads_digits_it_never_saw(classifier: Classifier, digits: Halves) -> None:
-    train, labels, _, _ = digits
-    assert classifier.accuracy(train, labels) >= 0.97
-    assert classifier.agreement(train, (labels + 1) % 10) < 0.03
-    assert classifier.accuracy(train, labels) == np.mean(classifier.predict(train) == labels)
-
-
-def test_classifier_takes_tensors(classifier: Classifier, digits: Halves) -> None:
-    train, labels, _, _ = digits
-    expected = classifier.accuracy(train, labels)
-    assert classifier.accuracy(torch.from_numpy(train), torch.from_numpy(labels)) == expected
-
-
-def test_classifier_caps_its_examples_reproducibly(digits: Halves) -> None:
-    train, labels, heldout, heldout_labels = digits
-    first, second = (Classifier.fit(heldout, heldout_labels, max_examples=300) for _ in range(2))
-    assert first.svc.shape_fit_ == (300, 64)
-    np.testing.assert_array_equal(first.predict(train), second.predict(train))
-    assert first.accuracy(train, labels) > 0.9
-
-
-def test_features_are_pixels_in_the_unit_interval() -> None:
-    features = Classifier.features(np.array([0, 51, 255, 0, 0, 255], np.uint8).reshape(1, 3, 1, 2))
-    assert features.dtype == np.float64
-    np.testing.assert_array_equal(features, [[0, 0.2, 1, 0, 0, 1]])
-
-
-def test_feature_space_tells_real_halves_from_degraded_ones(classifier: Classifier, digits: Halves) -> None:
-    train, labels, heldout, _ = digits
-    real, other_half = classifier.features(heldout), classifier.features(train)
-    rng = np.random.default_rng(0)
-    noisy = np.clip(other_half + rng.normal(scale=0.2, size=other_half.shape), 0, 1)
+    noisy = np.clip(other_half + np.random.default_rng(0).normal(scale=0.2, size=other_half.shape), 0, 1)
     baseline = frechet_distance(real, other_half)
     assert baseline < 0.1
     assert min(precision_recall(real, other_half)) > 0.85
     assert frechet_distance(real, noisy) > 3 * baseline
     assert precision_recall(real, noisy)[0] < 0.5  # poor images
     assert precision_recall(real, other_half[labels > 4])[1] < 0.6  # missing classes
-
-
-def test_unusable_images_and_labels_are_refused(classifier: Classifier, digits: Halves) -> None:
-    train, labels, _, _ = digits
-    with pytest.raises(MezzotintError, match="uint8"):
-        classifier.predict(train / 255.0)
-    with pytest.raises(MezzotintError, match="uint8"):
-        classifier.predict(train[:, 0])
-    with pytest.raises(MezzotintError, match="labels must be 898 integers"):
-        classifier.accuracy(train, labels[:-1])
-    with pytest.raises(MezzotintError, match="at least 2 classes"):
-        Classifier.fit(train, np.zeros_like(labels))

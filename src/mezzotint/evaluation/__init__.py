@@ -1,6 +1,6 @@
 """How good images are: distances between feature sets, the networks that make features, and an independent judge."""
 
-from mezzotint.evaluation.classifier import Classifier
+from mezzotint.evaluation.classifier import ClassifierNetwork
 from mezzotint.evaluation.clip_score import clip_score
 from mezzotint.evaluation.confidence import Interval, bootstrap
 from mezzotint.evaluation.frechet import (
@@ -15,7 +15,7 @@ from mezzotint.evaluation.manifold import density_coverage, precision_recall
 from mezzotint.evaluation.statistics import FeatureStatistics
 
 __all__ = [
-    "Classifier",
+    "ClassifierNetwork",
     "Extrapolation",
     "FeatureStatistics",
     "Interval",
