@@ -17,7 +17,9 @@ PUBLISHED += ["sit-s-2-256", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256", "sit-
 
 
 def test_every_published_configuration_has_a_recipe() -> None:
-    assert sorted([*PUBLISHED, "digits", "fashion-mnist"]) == recipe_names()
+    diffussm = [f"diffussm-{size}-{side}" for size in ("s", "l", "xl") for side in (256, 512)]
+    diffussm += ["diffussm-xl-256-p2", "diffussm-xl-256-uni", "diffussm-digits", "diffussm-fashion-mnist"]
+    assert sorted([*PUBLISHED, *diffussm, "digits", "fashion-mnist"]) == recipe_names()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

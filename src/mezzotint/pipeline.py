@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mezzotint.backbones.dit import DiT
+from mezzotint.backbones import DiffuSSM, DiT
 from mezzotint.conditions.classes import class_labels, parse_classes
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
@@ -22,10 +22,11 @@ from mezzotint.files import atomic_path
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.recipe import NETWORK_OPTIONS, Recipe, load_recipe
 from mezzotint.representations import Representation, representation
 from mezzotint.samplers import Sampler, example_generators, randn
 
+BACKBONES: dict[str, type[nn.Module]] = {"dit": DiT, "diffussm": DiffuSSM}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,19 +63,16 @@ class Pipeline:
 def build_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's network with freshly initialised weights, on the current default device."""
     settings, (channels, height, width) = recipe.backbone, recipe.latent_shape
-    return DiT(
-        input_size=(height, width),
-        patch_size=settings.patch_size,
-        in_channels=channels,
-        out_channels=channels if recipe.variance == "none" else 2 * channels,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        mlp_ratio=settings.mlp_ratio,
-        num_classes=settings.num_classes or 0,
-        conditioning=settings.conditioning,
-        freq_shift=settings.freq_shift,
-    )
+    shape: dict[str, Any] = {
+        "input_size": (height, width),
+        "patch_size": settings.patch_size,
+        "in_channels": channels,
+        "out_channels": channels if recipe.variance == "none" else 2 * channels,
+        "width": settings.width,
+        "depth": settings.depth,
+        "num_classes": settings.num_classes or 0,
+    }
+    return BACKBONES[settings.name](**shape, **settings.model_dump(include=set(NETWORK_OPTIONS[settings.name])))
 
 
 def build_denoiser(recipe: Recipe, backbone: nn.Module | None = None) -> Denoiser:

@@ -11,7 +11,9 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from mezzotint import data
-from mezzotint.backbones.dit import DIT_CONFIGS
+from mezzotint.backbones import DIFFUSSM_CONFIGS, DIT_CONFIGS
+from mezzotint.backbones.diffussm import Scan
+from mezzotint.backbones.s4d import Discretisation, Initialisation
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
@@ -95,21 +97,34 @@ class BackboneSettings(Settings):
     """The network."""
 
     name: str = "dit"
-    """dit with the sizes below, or a published configuration (dit-s-8 … dit-xl-2), whose sizes win where not given."""
+    """dit or diffussm with the sizes below, or a configuration (dit-s-8 … dit-xl-2, diffussm-s … diffussm-xl), whose
+    sizes win where not given."""
     patch_size: int = Field(2, ge=1)
-    """Side of a patch, in pixels or latent positions."""
+    """Side of a patch, in pixels or latent positions. diffussm: 1 where not given."""
     width: int = Field(384, ge=1)
     """Channels of a token."""
     depth: int = Field(12, ge=1)
     """Number of blocks."""
     heads: int = Field(6, ge=1)
-    """Attention heads; must divide width."""
+    """dit: attention heads; must divide width."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of a block's MLP over width."""
+    """dit: hidden width of a block's MLP over width."""
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """How time and class enter (DiT, section 3.2)."""
+    """dit: how time and class enter (DiT, section 3.2)."""
     freq_shift: Literal[0, 1] = 0
-    """The time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers' DiT."""
+    """dit: the time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers'."""
+    hourglass: int = Field(2, ge=1)
+    """diffussm: neighbouring positions that dense layers see as one; must divide their number and 2·width. 1: none."""
+    scan: tuple[Scan, ...] = Field(("row",), min_length=1)
+    """diffussm: orders in which the blocks read the positions, in turn: row, row-snake, column, column-snake."""
+    state: int = Field(64, ge=1)
+    """diffussm: numbers that a channel remembers, conjugates included."""
+    initialisation: Initialisation = "lin"
+    """diffussm: of the state matrix: lin (S4D-Lin), inv (S4D-Inv) or real."""
+    discretisation: Discretisation = "zoh"
+    """diffussm: zoh (zero-order hold) or bilinear."""
+    bidirectional: bool = True
+    """diffussm: whether a position sees those after it, too."""
     num_classes: int | None = Field(None, ge=0)
     """Number of classes; 0 is unconditional. None: as many as the data set has (a saved recipe holds the number)."""
 
@@ -117,11 +132,34 @@ class BackboneSettings(Settings):
     @classmethod
     def _published_sizes(cls, values: dict[str, Any]) -> dict[str, Any]:
         name = values.get("name", "dit")
-        if name == "dit":
-            return values
-        if name not in DIT_CONFIGS:
-            raise ValueError(f"backbone {name!r} is unknown; {closest(str(name), ['dit', *DIT_CONFIGS])}")
-        return DIT_CONFIGS[name] | {**values, "name": "dit"}
+        if name not in CONFIGURATIONS:
+            raise ValueError(f"backbone {name!r} is unknown; {closest(str(name), CONFIGURATIONS)}")
+        return CONFIGURATIONS[name] | {**values, "name": _network(name)}
+
+    @model_validator(mode="after")
+    def _own_options(self) -> BackboneSettings:
+        for network, options in NETWORK_OPTIONS.items():
+            for key in options:
+                if network != self.name and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"backbone.{key} means nothing for {self.name}; leave it out, it is {network}'s")
+        return self
+
+
+#: sizes by what backbone.name may be; and the options that only one of the networks has
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "dit": {},
+    "diffussm": {"patch_size": 1},
+    **{name: {**sizes} for name, sizes in (DIT_CONFIGS | DIFFUSSM_CONFIGS).items()},
+}
+NETWORK_OPTIONS = {
+    "dit": ("heads", "mlp_ratio", "conditioning", "freq_shift"),
+    "diffussm": ("hourglass", "scan", "state", "initialisation", "discretisation", "bidirectional"),
+}
+
+
+def _network(name: str) -> str:
+    """The network of a configuration: dit of dit-xl-2."""
+    return name.partition("-")[0]
 
 
 class InterpolantSettings(Settings):
@@ -191,7 +229,9 @@ class TrainingSettings(Settings):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; state-space parameters (Δ, A, C, D) have none."""
+    ssm_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of state-space parameters. None: that of all others."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     grad_clip: float | None = Field(None, gt=0)
@@ -248,11 +288,16 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        height, patch = self.latent_shape[1], self.backbone.patch_size
+        height, patch, m = self.latent_shape[1], self.backbone.patch_size, self.backbone.hourglass
         if height % patch:
             raise ValueError(
                 f"the input is {height} × {height}, which a patch of {patch} does not divide; "
                 "change backbone.patch_size or data.size"
+            )
+        if self.backbone.name == "diffussm" and ((height // patch) ** 2 % m or 2 * self.backbone.width % m):
+            raise ValueError(
+                f"an hourglass of {m} does not divide the {(height // patch) ** 2} positions and 2·width; change "
+                "backbone.hourglass, backbone.patch_size or backbone.width"
             )
         if self.training.batch_size % self.training.accumulate:
             raise ValueError(
@@ -382,7 +427,10 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
             merged[key] = value
             continue
         if key == "backbone" and "name" in value:
-            below = {k: v for k, v in below.items() if k not in ("patch_size", "width", "depth", "heads")}
+            dropped = {"patch_size", "width", "depth", "heads"}.union(
+                *(options for network, options in NETWORK_OPTIONS.items() if network != _network(str(value["name"])))
+            )
+            below = {k: v for k, v in below.items() if k not in dropped}
         merged[key] = _merge(below, value)
     return merged
 

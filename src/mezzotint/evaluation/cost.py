@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Published:
     source: str
 
 
-_DIT = "the DiT paper"
+_DIT, _DIFFUSSM = "the DiT paper", "the DiffuSSM paper"
 #: by recipe; SiT's networks are DiT's
 PUBLISHED = {
     "dit-s-8-256": Published(0.36, 33, _DIT),
@@ -62,6 +63,8 @@ PUBLISHED = {
     "dit-xl-4-256": Published(29.05, 675, _DIT),
     "dit-xl-2-256": Published(118.64, 675, _DIT),
     "dit-xl-2-512": Published(524.60, 675, _DIT),
+    "diffussm-xl-256": Published(280, 673, _DIFFUSSM),  # its totals over the images seen: 1.85e11 / 660M
+    "diffussm-xl-512": Published(1066, 673, _DIFFUSSM),  # 3.22e11 / 302M
 }
 
 
@@ -114,17 +117,28 @@ def matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     return n**3 / 1e9 / fastest
 
 
+def _real_fft(real: torch.Size, dims: list[int]) -> int:
+    """Operations of FFTs of real numbers over `dims`, forth or back: 5/2·n·log₂ n for each n of them (radix 2)."""
+    return round(2.5 * real.numel() * math.log2(math.prod(real[dim] for dim in dims)))
+
+
+_FFTS = {  # FlopCounterMode knows products alone
+    torch.ops.aten._fft_r2c: lambda real, dims, *_, **__: _real_fft(real, dims),
+    torch.ops.aten._fft_c2r: lambda _, dims, *__, out_shape, **___: _real_fft(out_shape, dims),
+}
+
+
 def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
     """Counts `model(*inputs)` without computing it; `inputs` are those of one example, (1, …) tensors on any device.
 
-    Counted are matrix products, convolutions and attention, but not FFTs or elementwise work. The pass runs on the meta
+    Counted are matrix products, convolutions, attention and FFTs, but no elementwise work. The pass runs on the meta
     device whatever the model's own, so the model may be built under ``torch.device("meta")``, where the largest takes
     no memory and about half a second.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     arguments = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FFTS) as counter:
         functional_call(model, on_meta, arguments)
     return Cost(
         params=sum(tensor.numel() for tensor in tensors.values()),
@@ -152,7 +166,7 @@ def sampling_evaluations(recipe: Recipe) -> dict[str, int | None]:
 
     An SDE costs the same with any diffusion. None: the solver decides (ode-dopri5, whose steps are those it reports).
     """
-    small = ["backbone.width=4", "backbone.depth=1", "backbone.heads=1", "backbone.num_classes=0"]
-    denoiser = build_denoiser(override_recipe(recipe, small))  # they depend on its interpolant and target alone
+    small = "backbone={name: dit, patch_size: 1, width: 4, depth: 1, heads: 1, num_classes: 0}"
+    denoiser = build_denoiser(override_recipe(recipe, [small]))  # they depend on its interpolant and target alone
     settings = recipe.sampling.model_dump()
     return {name: Sampler.parse(settings | {"sampler": name}).evaluations(denoiser) for name in SAMPLERS}

@@ -136,7 +136,7 @@ def _fit_output(tensors: dict[str, Tensor], there: Recipe, here: Recipe) -> list
     wanted = data if here.variance == "none" else 2 * data
     for name in OUTPUT:
         if name in tensors and there.variance != here.variance:
-            rows = tensors[name].unflatten(0, (here.backbone.patch_size**2, -1))
+            rows = tensors[name].unflatten(0, (-1, data if there.variance == "none" else 2 * data))
             kept = rows[:, :data] if new_variance else rows[:, :wanted]
             missing = rows.new_zeros(len(rows), wanted - kept.shape[1], *rows.shape[2:])
             tensors[name] = torch.cat([kept, missing], dim=1).flatten(0, 1)

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mezzotint.data import Batch, BatchOrder, CachedLatents, ImageDataset, ImageStream, iterate_batches
@@ -97,7 +97,7 @@ def train(
         objective = make_objective(recipe, denoiser)
         parallel_objective = here.wrap(objective)
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in backbone.parameters() if parameter.requires_grad],
+            parameter_groups(backbone, settings),
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -283,6 +283,18 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None
     return batch.images.to(device, non_blocking=True), labels
 
 
+def parameter_groups(backbone: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """AdamW's groups: what is trained; apart from it, what the backbone's `ssm_parameters` names, if it has them."""
+    ssm = {id(parameter) for parameter in getattr(backbone, "ssm_parameters", tuple)()}
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    own = {"initial_lr": settings.ssm_lr or settings.lr, "weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if id(parameter) not in ssm]},
+        {"params": [parameter for parameter in trained if id(parameter) in ssm], **own},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int) -> None:
     """Set the learning rate of the step that follows `step` finished ones."""
     scale = 1.0
@@ -292,7 +304,7 @@ def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: i
         progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
         scale = 1 - progress if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     for group in optimizer.param_groups:
-        group["lr"] = settings.lr * scale
+        group["lr"] = group.get("initial_lr", settings.lr) * scale
 
 
 def training_state(denoiser: Denoiser, optimizer: torch.optim.Optimizer, ema: EMA[Denoiser]) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""S4D, the diagonal state-space layer, as one convolution over a whole sequence (arXiv 2206.11893)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.errors import MezzotintError, closest
+
+Initialisation = Literal["lin", "inv", "real"]
+Discretisation = Literal["zoh", "bilinear"]
+LOG_DT = math.log(1e-3), math.log(1e-1)
+
+
+class S4D(nn.Module):
+    """A linear recurrence of `state` numbers for each channel, along the sequence (B, L, width) → (B, L, width).
+
+        h_l = Ā h_{l−1} + B̄ u_l        y_l = Re Σ_n w C_n h_{l,n} + D u_l        A diagonal, B = 1
+
+    `discretisation` zoh: Ā = e^{ΔA}, B̄ = (e^{ΔA} − 1)/A; bilinear: Ā = (1 + ΔA/2)/(1 − ΔA/2), B̄ = Δ/(1 − ΔA/2).
+    `initialisation` of A with N = `state`: lin −½ + iπn, inv −½ + i(N/π)(N/(2n + 1) − 1), both of N/2 complex numbers,
+    which stand for their conjugates too (w = 2); real −(n + 1), N numbers that stay real (w = 1). Δ is log-spaced over
+    the channels in [1e-3, 1e-1]. A `bidirectional` layer has A, Δ and C twice, adds a recurrence that runs from the
+    end, and costs no more: both are one convolution, with the kernel K_l = Re Σ_n w C_n B̄_n Ā_n^l to either side.
+
+    All in float32 or better, also under autocast and where the network is cast to less: powers of Ā need it.
+    Raises MezzotintError when `initialisation` or `discretisation` is unknown, and for an odd `state` with complex A.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        state: int = 64,
+        initialisation: Initialisation = "lin",
+        discretisation: Discretisation = "zoh",
+        bidirectional: bool = True,
+    ) -> None:
+        super().__init__()
+        for word, value, known in (
+            ("initialisation", initialisation, get_args(Initialisation)),
+            ("discretisation", discretisation, get_args(Discretisation)),
+        ):
+            if value not in known:
+                raise MezzotintError(f"{word} {value!r} is unknown; {closest(value, known)}")
+        if initialisation != "real" and state % 2:
+            raise MezzotintError(f"a state of {state} is not made of conjugate pairs; use an even number, or real A")
+        self.discretisation = discretisation
+        self.weight = 1 if initialisation == "real" else 2
+        modes = state // self.weight
+        shape = (2 if bidirectional else 1, width, modes)
+        n = torch.arange(modes).expand(shape)
+        self.log_dt = nn.Parameter(torch.linspace(*LOG_DT, width).expand(shape[:2]).clone())
+        self.log_decay = nn.Parameter((n + 1.0 if initialisation == "real" else torch.full(shape, 0.5)).log())
+        self.frequency: nn.Parameter | None = None  # A = −exp(log_decay) + i·frequency never leaves the left half-plane
+        if initialisation == "lin":
+            self.frequency = nn.Parameter(math.pi * n)
+        elif initialisation == "inv":
+            self.frequency = nn.Parameter(state / math.pi * (state / (2 * n + 1) - 1))
+        real = torch.randn(shape)
+        self.C = nn.Parameter(real if self.frequency is None else torch.stack([real, torch.randn(shape)], -1) / 2**0.5)
+        self.D = nn.Parameter(torch.ones(width))
+        self._known: tuple[int, Tensor, Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S4D:
+        def at_least_single(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(at_least_single, recurse)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, width) → (B, L, width), in the dtype of `u`."""
+        length = u.shape[1]
+        kind = u.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            signal = u.to(self.D.dtype)
+            # A kernel is made again in the backward pass, in parts: what it is made of is larger than a small batch.
+            if torch.is_grad_enabled():
+                kernels = (
+                    checkpoint(self.two_sided, length, part, use_reentrant=False, preserve_rng_state=False)
+                    for part in _parts(len(self.D), length)
+                )
+                y = Convolution.apply(signal, torch.cat(list(kernels)))
+            else:
+                y = _filtered(signal, self._kernel_spectrum(length))
+        return y.to(u.dtype)
+
+    def kernel(self, length: int, channels: slice = slice(None)) -> Tensor:
+        """K_l, 0 ≤ l < length, of each direction and of these channels without the skip D: (1 or 2, channels, length).
+
+        With l = s·i + j, Ā^l is the product of Ā^{s·i} and Ā^j, and the sum over n a matrix product of √L rows and
+        columns a channel: 2·√L powers of a mode instead of L.
+        """
+        log_a, b = (value[:, channels] for value in self.discretised())
+        c = (self.C if self.frequency is None else torch.view_as_complex(self.C))[:, channels]
+        s = math.ceil(math.sqrt(length))
+        left = (self.weight * c * b).unsqueeze(-2) * powers(s * log_a, math.ceil(length / s))
+        right = powers(log_a.conj(), s)
+        # Re Σ x·y = Σ Re x·Re ȳ + Im x·Im ȳ: real and imaginary parts side by side are one real product.
+        k = torch.view_as_real(left).flatten(-2) @ torch.view_as_real(right).flatten(-2).mT
+        return k.flatten(-2)[..., :length]
+
+    def discretised(self) -> tuple[Tensor, Tensor]:
+        """log Ā and B̄, complex, each (1 or 2, width, modes)."""
+        decay = self.log_decay.exp()
+        a = torch.complex(-decay, torch.zeros_like(decay) if self.frequency is None else self.frequency)
+        dt = self.log_dt.exp().unsqueeze(-1)
+        if self.discretisation == "zoh":
+            return dt * a, torch.expm1(dt * a) / a
+        half = dt * a / 2
+        return torch.log((1 + half) / (1 - half)), dt / (1 - half)
+
+    def two_sided(self, length: int, channels: slice = slice(None)) -> Tensor:
+        """Both kernels and the skip as a circular one (channels, n): the second direction's lags count from the end.
+
+        n = fast_length(2·length − 1), so that no end of a sequence meets the other.
+        """
+        k = self.kernel(length, channels)
+        there = k[0]
+        back = k[1] if len(k) == 2 else torch.zeros_like(there)
+        none = there.new_zeros(len(there), fast_length(2 * length - 1) - 2 * length + 1)
+        at_once = there[:, :1] + back[:, :1] + self.D[channels].unsqueeze(-1)
+        return torch.cat([at_once, there[:, 1:], none, back[:, 1:].flip(-1)], dim=-1)
+
+    def _kernel_spectrum(self, length: int) -> Tensor:
+        """The spectrum of `two_sided`, kept between calls of evaluation for as long as no parameter changes.
+
+        Parameters are compared by value: a fused optimizer step does not raise a tensor's version.
+        """
+        if self.training or torch.compiler.is_compiling() or self.D.device.type == "meta":
+            return torch.fft.rfft(self.two_sided(length))
+        now = torch.cat([parameter.flatten() for parameter in self.parameters()])
+        if self._known is not None:
+            before, values, spectrum = self._known
+            same_place = values.device == now.device and values.dtype == now.dtype
+            if before == length and same_place and torch.equal(values, now):
+                return spectrum
+        spectrum = torch.fft.rfft(self.two_sided(length))
+        self._known = length, now, spectrum
+        return spectrum
+
+    def train(self, mode: bool = True) -> S4D:
+        """As `nn.Module.train`; what evaluation kept is dropped."""
+        self._known = None
+        return super().train(mode)
+
+
+class Convolution(torch.autograd.Function):
+    """u (B, L, width) convolved circularly with a kernel (width, n): (B, L, width).
+
+    Keeps `u` and the kernel for the backward pass, where plain operations keep padded copies and spectra, too, and take
+    complex FFTs. Can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(u, kernel)
+        return _filtered(u, torch.fft.rfft(kernel))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        u, kernel = ctx.saved_tensors
+        n, by = kernel.shape[-1], torch.fft.rfft(kernel).conj()
+        by_u = torch.empty_like(u) if ctx.needs_input_grad[0] else None
+        by_kernel = torch.empty_like(kernel) if ctx.needs_input_grad[1] else None
+        for part in _parts(u.shape[-1], u.shape[0] * u.shape[1]):
+            spectrum = _spectrum(grad[..., part], n)
+            if by_kernel is not None:
+                product = _spectrum(u[..., part], n).conj_physical_().mul_(spectrum)
+                by_kernel[part] = torch.fft.irfft(product.sum(0), n)
+            if by_u is not None:
+                by_u[..., part] = _signal(spectrum.mul_(by[part]), u.shape[1])
+        return by_u, by_kernel
+
+
+def _filtered(u: Tensor, by: Tensor) -> Tensor:
+    """u (B, L, width) with its spectrum multiplied by that of a kernel, `by` (width, n/2 + 1)."""
+    y = torch.empty_like(u)
+    for part in _parts(u.shape[-1], u.shape[0] * u.shape[1]):
+        y[..., part] = _signal(_spectrum(u[..., part], 2 * (by.shape[-1] - 1)).mul_(by[part]), u.shape[1])
+    return y
+
+
+def _parts(width: int, numbers: int) -> list[slice]:
+    """Quarters of the channels, where these have so many numbers that what is made of all at once would be large."""
+    step = math.ceil(width / 4) if width * numbers > 2**20 else width
+    return [slice(k, k + step) for k in range(0, width, step)]
+
+
+def _spectrum(u: Tensor, n: int) -> Tensor:
+    """(B, L, width) → (B, width, n/2 + 1): padded and transposed in one copy, since an FFT is faster along the last."""
+    return torch.fft.rfft(F.pad(u.transpose(1, 2), (0, n - u.shape[1])))
+
+
+def _signal(spectrum: Tensor, length: int) -> Tensor:
+    """(B, width, n/2 + 1) → (B, length, width), what `_spectrum` was taken of."""
+    return torch.fft.irfft(spectrum, 2 * (spectrum.shape[-1] - 1))[..., :length].transpose(1, 2)
+
+
+def powers(log_a: Tensor, count: int) -> Tensor:
+    """a^0 … a^(count − 1) of log a (…, n), as (…, count, n). Each pass doubles their number with one exponential."""
+    result = torch.ones_like(log_a).unsqueeze(-2)
+    while (have := result.shape[-2]) < count:
+        result = torch.cat([result, result[..., : count - have, :] * torch.exp(have * log_a).unsqueeze(-2)], dim=-2)
+    return result
+
+
+def fast_length(minimum: int) -> int:
+    """The smallest even number without prime factors above 5 that is at least `minimum`: an FFT is fast there."""
+    n = minimum + minimum % 2
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 2
