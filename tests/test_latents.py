@@ -621,12 +621,12 @@ def test_a_recipe_must_fit_the_cache(
 
 
 def test_latents_are_no_images_to_compare_with(cache: Path) -> None:
-    from mezzotint.evaluation.scores import real_images
+    from mezzotint.evaluation.sources import image_source
 
     dataset = cached_latents(cache)
     assert isinstance(dataset, CachedLatents)
     with pytest.raises(MezzotintError, match=r"holds latents, and images are needed; set data to the images"):
         dataset[0]
     settings = mezzotint.load_recipe("digits", [f"data=latents:{cache}", "data.size=32", "data.channels=3"]).data
-    with pytest.raises(MezzotintError, match=r"holds latents, and images are needed"):
-        real_images(settings, "train")
+    with pytest.raises(MezzotintError, match=r"latents"):
+        next(image_source(settings, split="train").batches(4))
