@@ -8,16 +8,21 @@ Markdown file. It takes about three minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.linalg  # type: ignore[import-untyped]
 import torch
-from measure import machine, once, peak_mebibytes, table, write_section
-from torch import Tensor
+from measure import Yardstick, machine, once, peak_mebibytes, table, write_section
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from mezzotint.evaluation.classifier import ConvNet
 from mezzotint.evaluation.frechet import frechet_distance
 from mezzotint.evaluation.kernel import kernel_distance
 from mezzotint.evaluation.manifold import precision_recall
@@ -98,6 +103,41 @@ def statistics_table(real: Tensor) -> str:
     return table(["statistics, batch", "features a second", "time over one fp64 product of all features"], rows)
 
 
+def networks_table(device: torch.device) -> str:
+    """Feature networks with random weights: images/s, and multiply-adds per second over those of a matrix product."""
+    yardstick = Yardstick(device)
+    networks: dict[str, tuple[nn.Module, Tensor]] = {
+        "classifier, 28 × 28": (ConvNet(1, 10, 2).eval(), torch.randint(256, (256, 1, 28, 28), dtype=torch.uint8)),
+        "inception, from 256 × 256": (_random_inception(), torch.randint(256, (8, 3, 256, 256), dtype=torch.uint8)),
+    }
+    rows = []
+    for name, (network, images) in networks.items():
+        network, images = network.to(device), images.to(device)
+        with torch.inference_mode():
+            with FlopCounterMode(display=False) as counter:
+                network(images)
+            gmacs = counter.get_total_flops() / 2e9
+            seconds, speed = yardstick.time(lambda n=network, i=images: n(i), gmacs, repeats=5)  # type: ignore[misc]
+        share = f"{speed / yardstick.speeds['fp32']:.0%}"
+        rows.append([name, f"{gmacs / len(images):.3g}", f"{len(images) / seconds:,.1f}", share])
+        print(rows[-1], flush=True)
+    return table(["feature network, fp32", "GMACs an image", "images/s", "of matmul rate"], rows)
+
+
+def _random_inception() -> nn.Module:
+    """torch-fidelity's Inception without its weights' file."""
+    port: Any = import_module("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Unloaded(port.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> None: ...
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    network: nn.Module = Unloaded("inception", ["2048", "logits_unbiased"], empty)
+    return network.eval()
+
+
 def main() -> None:
     """Measure and print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -108,7 +148,12 @@ def main() -> None:
     device = choose_device(options.device)
     real, fake = (features(options.samples, seed, device) for seed in (1, 2))
     statistics = FeatureStatistics.of(real), FeatureStatistics.of(fake)
-    tables = [statistics_table(real), frechet_table(*statistics, device), metrics_table(real, fake)]
+    tables = [
+        networks_table(device),
+        statistics_table(real),
+        frechet_table(*statistics, device),
+        metrics_table(real, fake),
+    ]
     text = f"Measured on {machine(device)}.\n\n" + "\n".join(tables)
     print(text)
     if options.write is not None:
