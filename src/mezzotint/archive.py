@@ -18,7 +18,7 @@ from torch import Tensor
 from mezzotint.data.transforms import to_float, to_uint8
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, write_text
-from mezzotint.pipeline import Pipeline, choose_labels, sample_batches
+from mezzotint.pipeline import Pipeline, choose_labels, sample_batches, tensors_digest
 from mezzotint.progress import console
 
 POLL_SECONDS = 1.0
@@ -68,7 +68,7 @@ def sample_to_npz(
         pixels = pixels.expand(-1, -1, -1, 3) if pixels.shape[-1] == 1 else pixels
         with atomic_path(part) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels.contiguous().numpy())
-        if progress and rank == 0:
+        if progress:
             console.print(f"part {number} of {len(starts[rank::world_size])} of this process is drawn")
     if rank == 0:
         files = [parts / f"{start:09d}.npy" for start in starts]
@@ -82,16 +82,12 @@ def sample_to_npz(
 
 def _plan(pipeline: Pipeline, labels: list[int] | None, count: int, seed: int) -> dict[str, Any]:
     """What the images are a function of, as JSON holds it."""
-    weights = hashlib.sha256()
-    for name, tensor in pipeline.denoiser.backbone.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     recipe = pipeline.recipe.model_dump(mode="json", exclude={"training", "data", "objective", "description"})
     return {
         "count": count,
         "seed": seed,
         "labels": None if labels is None else hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
+        "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),
         "recipe": json.loads(json.dumps(recipe)),
     }
 

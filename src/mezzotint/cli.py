@@ -67,6 +67,9 @@ Weights = Annotated[
 Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]
 
+#: sections of a trained model's recipe that overrides may change: how it is sampled, and what it is scored against
+SAMPLED = ("sampling", "guidance", "representation")
+WITH_DATA = (*SAMPLED, "data")
 #: images that a command keeps in memory at once, and that a grid shows of many
 MAX_IN_MEMORY, MAX_GRID = 10_000, 100
 
@@ -179,7 +182,7 @@ def sample(
         final = read_npz_images(npz, range(0, count, every)[:MAX_GRID])
     shown = names or range(pipeline.denoiser.num_classes)
     columns = len(final) // len(shown) if len(shown) > 1 and len(final) % len(shown) == 0 else 10
-    out = out or (Path(model) if Path(model).is_dir() else Path()) / "samples.png"
+    out = out or (_run_folder(model) or Path()) / "samples.png"
     output.save_grid(final, out, columns=min(columns, 20))
     written = [out]
     if png is not None:
@@ -276,7 +279,7 @@ def evaluate(
                 overrides,
                 weights=weights,
                 device=str(here.device),
-                may_change=("sampling", "guidance", "representation", "data"),
+                may_change=WITH_DATA,
                 sampler=sampler,
                 steps=steps,
             )
@@ -294,7 +297,7 @@ def evaluate(
             infinity=infinity,
             intervals=intervals,
             html=html,
-            run=model if (Path(model) / "recipe.yaml").is_file() else None,
+            run=_run_folder(model),
             seed=seed,
             batch_size=batch_size,
             progress=here.is_main,
@@ -302,7 +305,7 @@ def evaluate(
         if not here.is_main:
             return
     print_scores(scores)
-    out = out or (Path(model) if (Path(model) / "recipe.yaml").is_file() else Path()) / "scores.json"
+    out = out or (_run_folder(model) or Path()) / "scores.json"
     write_text(out, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     console.print(f"wrote {out}", soft_wrap=True)
 
@@ -341,10 +344,9 @@ def sweep(
     from mezzotint.training.parallel import world
 
     axes, overrides = parse_axes(arguments)
-    out = out or (Path(model) if (Path(model) / "recipe.yaml").is_file() else Path("sweep"))
+    out = out or _run_folder(model) or Path("sweep")
     with world(device) as here:
-        may_change = ("sampling", "guidance", "representation", "data")
-        pipeline = open_model(model, overrides, weights=weights, device=str(here.device), may_change=may_change)
+        pipeline = open_model(model, overrides, weights=weights, device=str(here.device), may_change=WITH_DATA)
         pipeline.prepare(precision, compiled=compiled)
         try:
             rows = run_sweep(
@@ -562,6 +564,11 @@ def _figure(value: float | int | list[float] | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2e}"
 
 
+def _run_folder(model: str) -> Path | None:
+    """The run folder that `model` is; None for anything else, beside which nothing is written."""
+    return Path(model) if (Path(model) / "recipe.yaml").is_file() else None
+
+
 def _is_recipe(model: str) -> bool:
     from mezzotint.recipe import recipe_names
 
@@ -574,7 +581,7 @@ def open_model(
     *,
     weights: str,
     device: str,
-    may_change: tuple[str, ...] = ("sampling", "guidance", "representation"),
+    may_change: tuple[str, ...] = SAMPLED,
     **options: Any,
 ) -> Any:
     """The pipeline of a run folder, of a checkpoint, or of a recipe with the checkpoint `weights`.

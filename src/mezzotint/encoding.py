@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe
 from mezzotint.representations import KLAutoencoder, representation
-from mezzotint.training.parallel import choose_device
+from mezzotint.training.parallel import choose_device, rank_and_size
 
 
 def encode(
@@ -47,7 +46,7 @@ def encode(
             if splits is not None or split == "train":
                 raise
     # The processes never meet, so they are only counted, not joined: one may finish hours before another.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_size()
     autoencoder = representation(**recipe.representation.model_dump(), device=choose_device(device))
     assert isinstance(autoencoder, KLAutoencoder)
     for split, dataset in datasets.items():

@@ -83,15 +83,13 @@ class ConditionalModel:
         The layers that make it, a third of DiT's weights, are then read once for a block of times instead of at every
         one, and work once for a class instead of once for an example.
         """
-        if not self.denoiser.has_conditions:
-            return
-        if self.both is not None:
+        if self.both is not None and self.denoiser.has_conditions:
             self._classes, self._rows = torch.unique(self.both, return_inverse=True)
-        self._times = list(times)
+            self._times = list(times)
 
     def _condition(self, t: float | Tensor, rows: slice) -> list[Tensor] | None:
         """The backbone's condition at t for these rows of `both`; None where t was not announced."""
-        if isinstance(t, Tensor) or self.both is None or t not in self._times:
+        if isinstance(t, Tensor) or t not in self._times:
             return None
         if t not in self._conditions:
             count = max(1, CONDITIONS_AHEAD // len(self._classes))

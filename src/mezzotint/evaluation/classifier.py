@@ -21,10 +21,9 @@ from mezzotint.evaluation.sources import (
     cache_folder,
     image_source,
     of_first,
-    tensors_digest,
     to_channels,
 )
-from mezzotint.pipeline import load_tensors, read_tensors, save_weights
+from mezzotint.pipeline import load_tensors, read_tensors, save_weights, tensors_digest
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import DataSettings
 

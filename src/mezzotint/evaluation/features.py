@@ -33,10 +33,10 @@ from mezzotint.evaluation.sources import (
     of_first,
     place,
     random_order,
-    tensors_digest,
     to_channels,
 )
 from mezzotint.evaluation.statistics import FeatureStatistics
+from mezzotint.pipeline import tensors_digest
 from mezzotint.progress import track
 from mezzotint.recipe import DataSettings
 
@@ -54,7 +54,8 @@ class FeatureNetwork:
 
     name: what tells it apart, weights and preprocessing included; features of another name are not comparable.
     dim: numbers in an image's features; None where only the images tell. device: where it computes.
-    cacheable: whether `name` stands for all that it does, so that features may be kept under it.
+    cacheable: whether `name` stands for all that it does, so that features may be kept under it. accuracy: of its
+    logits on images that it was not fitted on, where that was measured.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FeatureNetwork:
         precision: str = "fp32",
         embed: Callable[[Sequence[str]], Tensor] | None = None,
         cacheable: bool = True,
+        accuracy: float | None = None,
     ) -> None:
         """compute: uint8 (B, C, H, W) on the device to the outputs, or to the features alone; embed: captions (B) to
         (B, D). channels: that compute takes; None: 1 and 3. precision: fp32, or bf16 by autocast, which the name tells.
@@ -75,7 +77,7 @@ class FeatureNetwork:
         if precision not in PRECISIONS:
             raise MezzotintError(f"precision {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
         self.name = name if precision == "fp32" else f"{name} in {precision}"
-        self.dim, self.device, self.cacheable = dim, torch.device(device), cacheable
+        self.dim, self.device, self.cacheable, self.accuracy = dim, torch.device(device), cacheable, accuracy
         self._compute, self._channels, self._precision, self._embed = compute, channels, precision, embed
 
     @torch.no_grad()
@@ -168,7 +170,15 @@ def feature_network(
         known = trained_classifier(data, seed=seed)
         known.net.to(device)
         channels, dim = known.net.shape[0], known.net.head.in_features
-        return FeatureNetwork(known.name, known, dim=dim, channels=channels, device=device, precision=precision)
+        return FeatureNetwork(
+            known.name,
+            known,
+            dim=dim,
+            channels=channels,
+            device=device,
+            precision=precision,
+            accuracy=known.tested,
+        )
     if name == "inception":
         return _inception(weights, device, precision)
     if name in ("clip", "dinov2"):

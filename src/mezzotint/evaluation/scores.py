@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mezzotint.data import ImageDataset
 from mezzotint.errors import MezzotintError
-from mezzotint.evaluation.classifier import trained_classifier
 from mezzotint.evaluation.confidence import bootstrap
 from mezzotint.evaluation.features import Extracted, FeatureNetwork, extract, feature_network, is_inception
 from mezzotint.evaluation.frechet import frechet_distance, frechet_distance_infinity
@@ -88,14 +87,10 @@ def evaluate(
     def add(name: str, source: ImageSource) -> None:
         seen = extract(source, network, keep_rows=None if infinity else rows, **shared)
         sets[name] = figures(seen, real, infinity=infinity, intervals=intervals, rows=rows)
-        if classifier is not None and seen.labels is not None and seen.logits is not None:
-            sets[name]["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
         seen_sets[name] = source, seen
 
-    classifier = None
-    if settings is not None and _kind(network.name) == "classifier":
-        classifier = trained_classifier(settings)
-        scores["classifier_accuracy"] = classifier.tested
+    if network.accuracy is not None:
+        scores["classifier_accuracy"] = network.accuracy
     if isinstance(model, Pipeline):
         scores["recipe"] = model.recipe.name
         scales = {"samples": 1.0} | ({} if guidance is None else {"guided": guidance})
@@ -107,7 +102,7 @@ def evaluate(
         if settings is not None and isinstance(model, str | Path) and Path(model).exists():
             options |= {"channels": settings.channels}  # ADM's .npz is in colour even where nothing is
         add("samples", image_source(model, count=count, **options))
-    if settings is not None and (train := _training_images(settings, sets["samples"]["images"])) is not None:
+    if settings is not None and (train := _training_images(settings, real, sets["samples"]["images"])) is not None:
         add("real", train)
     scores["sets"] = sets
     if likelihood:
@@ -162,6 +157,8 @@ def figures(
     if intervals:
         held = bootstrap(lambda some: frechet_distance(real.statistics["features"], some), seen.rows, samples=intervals)
         made[f"{frechet}, 95 % interval"] = [held.low, held.high]
+    if kind == "classifier" and seen.logits is not None and seen.labels is not None:
+        made["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
     return made
 
 
@@ -222,12 +219,12 @@ def _kind(network: str) -> str:
     return "inception" if is_inception(network) else network.split(" ")[0]
 
 
-def _training_images(settings: DataSettings, count: int) -> ImageSource | None:
+def _training_images(settings: DataSettings, held_out: Reference, count: int) -> ImageSource | None:
     """Up to `count` training images; None where the held-out ones are no others (or the set is a stream)."""
     dataset = settings.load("train")
-    if not isinstance(dataset, ImageDataset) or settings.load("test").identity == dataset.identity:
+    if not isinstance(dataset, ImageDataset) or held_out.source == dataset.identity:
         return None
-    return image_source(settings, split="train", count=min(count, len(dataset)))
+    return image_source(dataset, count=min(count, len(dataset)), workers=settings.workers)
 
 
 def _first_images(source: ImageSource) -> tuple[Tensor, Tensor | None]:

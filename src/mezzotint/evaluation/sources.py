@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import sys
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,7 +40,7 @@ from mezzotint.data.transforms import (
 )
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
-from mezzotint.pipeline import Pipeline, choose_labels, sample_batches
+from mezzotint.pipeline import Pipeline, choose_labels, sample_batches, tensors_digest
 from mezzotint.recipe import DataSettings
 from mezzotint.samplers import Sampler
 
@@ -595,15 +594,6 @@ class PipelineSource(ImageSource):
 
 
 # ---- Digests, caches and processes -----------------------------------------------------------------------------------
-
-
-def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:
-    """8 hexadecimal digits over names, shapes and values of `tensors`, and over the representations of `extra`."""
-    digest = hashlib.sha256(repr(extra).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:8]
 
 
 def cache_folder() -> Path:

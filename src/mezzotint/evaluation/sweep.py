@@ -30,10 +30,10 @@ from mezzotint.errors import MezzotintError, closest
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, figures
-from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place, tensors_digest
+from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
 from mezzotint.files import atomic_path, write_text
 from mezzotint.guidance import ConditionalModel, Guidance
-from mezzotint.pipeline import Pipeline, choose_labels
+from mezzotint.pipeline import Pipeline, choose_labels, tensors_digest
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
 from mezzotint.samplers import Sampler
@@ -119,10 +119,8 @@ def sweep(
         _figure_class()
     reference = pipeline.recipe.data if reference is None else reference
     settings = data_settings(reference)
-    network = (
-        features if isinstance(features, FeatureNetwork) else choose_network(features, weights, settings, pipeline)
-    )
-    real = reference_statistics(reference, network, rows=MAX_ROWS, batch_size=batch_size, progress=progress)
+    network = choose_network(features, weights, settings, pipeline)
+    real = reference_statistics(settings or reference, network, rows=MAX_ROWS, batch_size=batch_size, progress=progress)
     shared = _plan(pipeline, network, real, count, seed)
     rows: list[dict[str, Any]] = []
     scored: dict[str, dict[str, Any]] = {}
@@ -279,8 +277,6 @@ def _score(
     spent = gathered(lambda: (source.evaluations, source.passes, source.seconds))
     evaluations, passes, seconds = (sum(values) / count for values in zip(*spent, strict=True))
     made = figures(seen, real)
-    if network.name.startswith("classifier ") and seen.logits is not None and seen.labels is not None:
-        made["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
     made.pop("source", None)  # its digest is of fields, too, that this sampler does not use
     return {"evaluations": evaluations, "network passes": passes, "seconds per image": seconds, **made}
 
