@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mezzotint.recipe import Recipe, load_recipe
+import mezzotint
+from mezzotint.recipe import Recipe, load_recipe, override_recipe
 
-TINY = (
-    "backbone.width=16",
-    "backbone.depth=1",
-    "backbone.heads=2",
+SHORT = (
     "training.steps=6",
     "training.batch_size=16",
     "training.warmup_steps=0",
@@ -22,6 +20,13 @@ TINY = (
     "objective.times=auto",
     "sampling=ode-heun",
     "sampling.steps=3",
+)
+"""A run of a second."""
+TINY = (
+    "backbone.width=16",
+    "backbone.depth=1",
+    "backbone.heads=2",
+    *SHORT,
 )
 
 
@@ -42,3 +47,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny() -> Recipe:
     """The digits recipe, on its real data, with a network of a few thousand weights."""
     return load_recipe("digits", TINY)
+
+
+@pytest.fixture
+def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
+    """Ten classes, weights that are not zero anywhere (a fresh DiT outputs zeros)."""
+    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return made

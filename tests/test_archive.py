@@ -21,15 +21,6 @@ from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe, override_recipe
 
 
-@pytest.fixture
-def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
-    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return made
-
-
 def expected(pipeline: mezzotint.Pipeline, count: int, seed: int = 0) -> np.ndarray:
     return to_uint8(mezzotint.sample(pipeline, [3, 8], count, seed=seed)).permute(0, 2, 3, 1).numpy()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHORT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,18 +25,7 @@ from mezzotint.training.loop import parameter_groups, set_lr
 
 INITIALISATIONS = ("lin", "inv", "real")
 DISCRETISATIONS = ("zoh", "bilinear")
-SMALL = (
-    "backbone={name: diffussm, width: 16, depth: 2, state: 4}",
-    "training.steps=6",
-    "training.batch_size=16",
-    "training.warmup_steps=0",
-    "training.lr_schedule=constant",
-    "training.checkpoint_every=2",
-    "training.log_every=2",
-    "objective.times=auto",
-    "sampling=ode-heun",
-    "sampling.steps=3",
-)
+SMALL = ("backbone={name: diffussm, width: 16, depth: 2, state: 4}", *SHORT)
 
 
 def tiny(**changes: Any) -> DiffuSSM:

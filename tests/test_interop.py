@@ -379,7 +379,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mezzotint.interop.checkpoint.save_file", full)
+    monkeypatch.setattr("mezzotint.files.save_file", full)
     formats: list[Any] = ["run", "diffusers"]
     for to in formats:
         with pytest.raises(MezzotintError, match=r"cannot write .*out: No space left on device"):

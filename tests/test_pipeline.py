@@ -19,16 +19,6 @@ from mezzotint.recipe import Recipe, override_recipe
 
 
 @pytest.fixture
-def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
-    """Ten classes, weights that are not zero anywhere (a fresh DiT outputs zeros)."""
-    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return made
-
-
-@pytest.fixture
 def run(pipeline: mezzotint.Pipeline, tmp_path: Path) -> Path:
     from mezzotint.pipeline import save_weights
 

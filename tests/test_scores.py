@@ -18,16 +18,6 @@ from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
 from mezzotint.evaluation.scores import evaluate, figures
 from mezzotint.evaluation.sources import image_source
-from mezzotint.recipe import Recipe, override_recipe
-
-
-@pytest.fixture
-def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
-    made = mezzotint.build(override_recipe(tiny, ["backbone.num_classes=10"]), class_names=[*"0123456789"])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return made
 
 
 def means(images: torch.Tensor) -> torch.Tensor:

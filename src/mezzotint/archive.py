@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.data.transforms import to_float, to_uint8
+from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, write_text
+from mezzotint.images import adm_pixels
 from mezzotint.pipeline import Pipeline, choose_labels, sample_batches, tensors_digest
 from mezzotint.progress import console
 
@@ -64,10 +65,8 @@ def sample_to_npz(
         if part.is_file() or finished():
             continue
         drawn = list(sample_batches(pipeline, labels, indices, seed=seed, batch_size=batch_size, progress=progress))
-        pixels = to_uint8(torch.cat(drawn)).permute(0, 2, 3, 1)
-        pixels = pixels.expand(-1, -1, -1, 3) if pixels.shape[-1] == 1 else pixels
         with atomic_path(part) as temporary, open(temporary, "wb") as file:
-            np.save(file, pixels.contiguous().numpy())
+            np.save(file, adm_pixels(torch.cat(drawn)))
         if progress:
             console.print(f"part {number} of {len(starts[rank::world_size])} of this process is drawn")
     if rank == 0:

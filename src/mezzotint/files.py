@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 
@@ -33,6 +37,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file at `path`, which `atomic_path` or a folder of its own makes whole or nothing.
+
+    Raises `OSError` for a full disk.
+    """
+    kept: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if (storage := tensor.untyped_storage().data_ptr()) in storages:
+            tensor = tensor.clone()  # no two tensors in the file may share memory, as parts of a mapped one do
+        storages.add(storage)
+        kept[name] = tensor
+    try:
+        save_file(kept, path, metadata)
+    except SafetensorError as error:  # a full disk, in safetensors' words
+        raise OSError(str(error)) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -35,10 +35,14 @@ def save_pngs(images: Tensor, folder: str | Path, *, first: int = 0) -> None:
             Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
 
 
+def adm_pixels(images: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1] as ADM's arr_0: uint8 (N, H, W, 3), grey ones repeated."""
+    return to_uint8(images.cpu()).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
+
+
 def save_npz(images: Tensor, labels: Tensor | None, path: str | Path) -> None:
     """Write ADM's .npz: arr_0 uint8 (N, H, W, 3), and arr_1 int64 labels (N,) where there are any."""
-    pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1)
-    arrays = [pixels.expand(-1, -1, -1, 3).numpy()] if pixels.shape[-1] == 1 else [pixels.numpy()]
+    arrays = [adm_pixels(images)]
     if labels is not None:
         arrays.append(labels.cpu().numpy())
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

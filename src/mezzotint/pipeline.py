@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mezzotint.backbones import DiffuSSM, DiT
 from mezzotint.conditions.classes import class_labels, parse_classes
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path
+from mezzotint.files import atomic_path, save_tensors
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
@@ -120,12 +119,8 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
 
 def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write a backbone's parameters and buffers as safetensors, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"format": "mezzotint", **metadata})
-        except SafetensorError as error:  # a full disk, in safetensors' words
-            raise OSError(str(error)) from None
+        save_tensors(backbone.state_dict(), temporary, {"format": "mezzotint", **metadata})
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:

@@ -24,15 +24,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mezzotint.data.base import ImageDataset, ImageStream
 from mezzotint.data.loader import dataset_batches
 from mezzotint.data.splits import NoSuchSplit, check_split
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, write_text
+from mezzotint.files import atomic_path, save_tensors, write_text
 from mezzotint.progress import console, progress_bar
 from mezzotint.representations import KLAutoencoder, scaled_latents
 from mezzotint.settings import Settings
@@ -278,10 +276,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> Non
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
     with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"cache": fingerprint})
-        except SafetensorError as error:  # a full disk, in safetensors' words
-            raise OSError(str(error)) from None
+        save_tensors(tensors, temporary, {"cache": fingerprint})
 
 
 # --------------------------------------------------------------------------------------------------- reading

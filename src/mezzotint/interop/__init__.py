@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mezzotint import pipeline
 from mezzotint.errors import MezzotintError, closest
+from mezzotint.files import save_tensors
 from mezzotint.interop import diffusers, hub, official
-from mezzotint.interop.checkpoint import Checkpoint, Network, check, empty_backbone, parse_header, save_tensors
+from mezzotint.interop.checkpoint import Checkpoint, Network, check, empty_backbone, parse_header
 from mezzotint.pipeline import Pipeline, build_denoiser, read_tensors
 from mezzotint.recipe import Recipe, load_recipe
 

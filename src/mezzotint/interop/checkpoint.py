@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mezzotint.backbones import DIT_CONFIGS
@@ -192,16 +190,6 @@ def check_positions(table: Tensor, source: str) -> None:
             f"pos_embed in {source} is not the sine-cosine table (off by up to {error:.2g}): trained or interpolated "
             "positions are not supported"
         )
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Raises `OSError` for a full disk."""
-    # Copies: in a safetensors file no two tensors may share memory, as parts of a mapped one do.
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    try:
-        save_file(copies, path, metadata)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
 
 
 def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | None, tuple[str, ...]]:

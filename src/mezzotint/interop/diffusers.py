@@ -26,6 +26,7 @@ from torch import Tensor
 from mezzotint.backbones.layers import position_table
 from mezzotint.conditions.imagenet import imagenet_class_names
 from mezzotint.errors import MezzotintError
+from mezzotint.files import save_tensors
 from mezzotint.interop import hub
 from mezzotint.interop.checkpoint import (
     Checkpoint,
@@ -34,7 +35,6 @@ from mezzotint.interop.checkpoint import (
     check_positions,
     family_recipe,
     parse_header,
-    save_tensors,
 )
 from mezzotint.interop.official import unpickle
 from mezzotint.interpolants import interpolant

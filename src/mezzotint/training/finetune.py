@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import atomic_path, write_text
+from mezzotint.files import atomic_path, save_tensors, write_text
 from mezzotint.interop import Checkpoint, read_checkpoint
-from mezzotint.interop.checkpoint import save_tensors
 from mezzotint.pipeline import Pipeline, load_tensors
 from mezzotint.randomness import mix
 from mezzotint.recipe import LoRASettings, Recipe, TrainingSettings
