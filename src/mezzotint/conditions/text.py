@@ -1,0 +1,54 @@
+"""Captions as networks see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of B captions of up to T tokens each; every caption, the empty one too, has at least one."""
+
+    tokens: Tensor
+    """float (B, T, D): features of a frozen encoder; or int64 (B, T): `byte_tokens`, for a network that reads them."""
+    mask: Tensor
+    """bool (B, T): where there is a token."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> Text:
+        return Text(self.tokens[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str) -> Text:
+        """On another device, without waiting for the copy."""
+        return Text(self.tokens.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+
+    def padded(self, length: int) -> Text:
+        """With at least `length` tokens."""
+        more = max(0, length - self.mask.shape[1])
+        sides = (0, 0, 0, more) if self.tokens.ndim == 3 else (0, more)
+        return Text(F.pad(self.tokens, sides), F.pad(self.mask, (0, more)))
+
+
+def join(*batches: Text) -> Text:
+    """Batches one after another, padded to the longest."""
+    length = max(batch.mask.shape[1] for batch in batches)
+    batches = tuple(batch.padded(length) for batch in batches)
+    return Text(torch.cat([b.tokens for b in batches]), torch.cat([b.mask for b in batches]))
+
+
+def byte_tokens(captions: list[str] | tuple[str, ...], length: int) -> Text:
+    """Captions as UTF-8: 1 begins each, a byte b is 2 + b, 0 follows the last. int64 (B, `length`), longer ones cut.
+
+    Needs no vocabulary: `backbones.text.ByteEncoder` learns what they mean along with the network.
+    """
+    tokens = torch.zeros(len(captions), length, dtype=torch.int64)
+    for row, caption in zip(tokens, captions, strict=True):
+        data = caption.encode()[: length - 1]
+        row[: len(data) + 1] = torch.tensor([1, *(2 + byte for byte in data)])
+    return Text(tokens, tokens > 0)
