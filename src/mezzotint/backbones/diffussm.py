@@ -221,7 +221,7 @@ class Block(nn.Module):
         O_j  = W³ (σ(W² I′_j) ⊙ σ(W¹ I_j))                              (B, J, width)
 
     I is the block's input after a LayerNorm with shift and scale, and O passes a gate of zero at first: DiT's
-    adaptive normalisation, its three vectors regressed from c. σ is the tanh-approximated GELU. All dense layers have a
+    adaptive normalisation, its three vectors regressed from c. σ is the GELU. All dense layers have a
     bias. With D = width they have, without biases, (11 + M)·D² weights but for W^Y's D², and take (11 + M)·J·D² + L·D²
     multiply-adds: the paper's 9D² + 2MD² and 13·(L/M)·D² + L·D² at its M of 2.
     """
@@ -254,7 +254,7 @@ class Block(nn.Module):
 
 
 def _activated(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x)
 
 
 class DiffuSSMConfig(TypedDict):
