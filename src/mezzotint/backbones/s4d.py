@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from mezzotint.errors import MezzotintError, closest
 
@@ -83,31 +82,17 @@ class S4D(nn.Module):
         kind = u.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             signal = u.to(self.D.dtype)
-            # A kernel is made again in the backward pass, in parts: what it is made of is larger than a small batch.
             if torch.is_grad_enabled():
-                kernels = (
-                    checkpoint(self.two_sided, length, part, use_reentrant=False, preserve_rng_state=False)
-                    for part in _parts(len(self.D), length)
-                )
-                y = Convolution.apply(signal, torch.cat(list(kernels)))
+                y = Convolution.apply(signal, self.two_sided(length))
             else:
                 y = _filtered(signal, self._kernel_spectrum(length))
         return y.to(u.dtype)
 
-    def kernel(self, length: int, channels: slice = slice(None)) -> Tensor:
-        """K_l, 0 ≤ l < length, of each direction and of these channels without the skip D: (1 or 2, channels, length).
-
-        With l = s·i + j, Ā^l is the product of Ā^{s·i} and Ā^j, and the sum over n a matrix product of √L rows and
-        columns a channel: 2·√L powers of a mode instead of L.
-        """
-        log_a, b = (value[:, channels] for value in self.discretised())
-        c = (self.C if self.frequency is None else torch.view_as_complex(self.C))[:, channels]
-        s = math.ceil(math.sqrt(length))
-        left = (self.weight * c * b).unsqueeze(-2) * powers(s * log_a, math.ceil(length / s))
-        right = powers(log_a.conj(), s)
-        # Re Σ x·y = Σ Re x·Re ȳ + Im x·Im ȳ: real and imaginary parts side by side are one real product.
-        k = torch.view_as_real(left).flatten(-2) @ torch.view_as_real(right).flatten(-2).mT
-        return k.flatten(-2)[..., :length]
+    def kernel(self, length: int) -> Tensor:
+        """K_l, 0 ≤ l < length, of each direction and channel, without the skip D: (1 or 2, width, length)."""
+        log_a, b = self.discretised()
+        c = self.C if self.frequency is None else torch.view_as_complex(self.C)
+        return Kernel.apply(log_a, self.weight * c * b, length)
 
     def discretised(self) -> tuple[Tensor, Tensor]:
         """log Ā and B̄, complex, each (1 or 2, width, modes)."""
@@ -119,16 +104,16 @@ class S4D(nn.Module):
         half = dt * a / 2
         return torch.log((1 + half) / (1 - half)), dt / (1 - half)
 
-    def two_sided(self, length: int, channels: slice = slice(None)) -> Tensor:
-        """Both kernels and the skip as a circular one (channels, n): the second direction's lags count from the end.
+    def two_sided(self, length: int) -> Tensor:
+        """Both kernels and the skip as a circular one (width, n): the second direction's lags count from the end.
 
         n = fast_length(2·length − 1), so that no end of a sequence meets the other.
         """
-        k = self.kernel(length, channels)
+        k = self.kernel(length)
         there = k[0]
         back = k[1] if len(k) == 2 else torch.zeros_like(there)
         none = there.new_zeros(len(there), fast_length(2 * length - 1) - 2 * length + 1)
-        at_once = there[:, :1] + back[:, :1] + self.D[channels].unsqueeze(-1)
+        at_once = there[:, :1] + back[:, :1] + self.D.unsqueeze(-1)
         return torch.cat([at_once, there[:, 1:], none, back[:, 1:].flip(-1)], dim=-1)
 
     def _kernel_spectrum(self, length: int) -> Tensor:
@@ -152,6 +137,59 @@ class S4D(nn.Module):
         """As `nn.Module.train`; what evaluation kept is dropped."""
         self._known = None
         return super().train(mode)
+
+
+class Kernel(torch.autograd.Function):
+    """log a and g, complex (…, width, modes) → K_l = Re Σ_n g_n a_n^l, 0 ≤ l < length: (…, width, length).
+
+    With l = s·i + j, a^l is the product of a^{s·i} and a^j, and the sum over n a matrix product of √L rows and columns
+    a channel: 2·√L powers of a mode instead of L. So is the gradient, for which the powers are made again: kept, or
+    differentiated step by step, they would take more memory than a small batch. Can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_a: Tensor, g: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(log_a, g)
+        s, rows = _square(length)
+        k = g.real.new_empty(*g.shape[:-1], length)
+        for part in _parts(g.shape[-2], g.shape[-1] * 4 * s):
+            left = g[..., part, None, :] * powers(s * log_a[..., part, :], rows)
+            # Re Σ x·y = Σ Re x·Re ȳ + Im x·Im ȳ: real and imaginary parts side by side are one real product.
+            product = _real(left) @ _real(powers(log_a[..., part, :].conj(), s)).mT
+            k[..., part, :] = product.flatten(-2)[..., :length]
+        return k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        log_a, g = ctx.saved_tensors
+        s, rows = _square(length := grad.shape[-1])
+        by_log_a, by_g = torch.empty_like(log_a), torch.empty_like(g)
+        i, j = (torch.arange(n, device=g.device, dtype=grad.dtype).unsqueeze(-1) for n in (rows, s))
+        for part in _parts(g.shape[-2], g.shape[-1] * 8 * s):
+            square = F.pad(grad[..., part, :], (0, rows * s - length)).unflatten(-1, (rows, s))
+            # ∂K_l/∂g = a^l and ∂K_l/∂log a = l·g·a^l, summed over j first.
+            conjugate = log_a[..., part, :].conj()
+            columns = powers(conjugate, s)
+            over_j = torch.view_as_complex(
+                (square @ _real(torch.cat([columns, j * columns], -1))).unflatten(-1, (-1, 2))
+            )
+            plain, times_j = over_j.chunk(2, dim=-1)
+            lines = powers(s * conjugate, rows)
+            by_g[..., part, :] = (lines * plain).sum(-2)
+            by_log_a[..., part, :] = g[..., part, :].conj() * (lines * (s * i * plain + times_j)).sum(-2)
+        return by_log_a, by_g, None
+
+
+def _square(length: int) -> tuple[int, int]:
+    """Columns s and rows of a table of √length by √length that holds `length` numbers, row by row."""
+    s = math.ceil(math.sqrt(length))
+    return s, math.ceil(length / s)
+
+
+def _real(z: Tensor) -> Tensor:
+    """(…, n) complex → (…, 2n), real and imaginary parts in turn."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
 class Convolution(torch.autograd.Function):
