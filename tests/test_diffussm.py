@@ -101,10 +101,17 @@ def test_kernel_is_the_formula(initialisation: Any, discretisation: Any, length:
 
 
 def test_kernel_keeps_its_precision_on_long_sequences() -> None:
+    """In float32 as in float64, and its gradients, too."""
     torch.manual_seed(0)
-    layer = S4D(16)
-    single, double = layer.kernel(4096), layer.double().kernel(4096)
-    assert (single - double).abs().max() < 1e-5
+    layer, probe = S4D(16), torch.randn(2, 16, 4096)
+    found = []
+    for kind in (torch.float32, torch.float64):
+        kernel = layer.to(kind).kernel(4096)
+        chosen = [parameter for parameter in layer.parameters() if parameter is not layer.D]
+        found.append([kernel, *torch.autograd.grad((kernel * probe).sum(), chosen)])
+    for single, double in zip(*found, strict=True):
+        assert single.dtype == torch.float32
+        assert (single - double).abs().max() < 1e-5 * double.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("initialisation", INITIALISATIONS)
@@ -176,14 +183,14 @@ def test_kernel_is_kept_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     layer, u = S4D(4).eval(), torch.randn(1, 9, 4)
     made = 0
-    two_sided = S4D.two_sided
+    kernel = S4D.kernel
 
     def counted(self: S4D, length: int) -> Tensor:
         nonlocal made
         made += 1
-        return two_sided(self, length)
+        return kernel(self, length)
 
-    monkeypatch.setattr(S4D, "two_sided", counted)
+    monkeypatch.setattr(S4D, "kernel", counted)
     with torch.no_grad():
         first = layer(u)
         assert torch.equal(layer(u), first)

@@ -83,7 +83,7 @@ class S4D(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             signal = u.to(self.D.dtype)
             if torch.is_grad_enabled():
-                y = Convolution.apply(signal, self.two_sided(length))
+                y = Convolution.apply(signal, self.kernel(length), self.D)
             else:
                 y = _filtered(signal, self._kernel_spectrum(length))
         return y.to(u.dtype)
@@ -104,32 +104,20 @@ class S4D(nn.Module):
         half = dt * a / 2
         return torch.log((1 + half) / (1 - half)), dt / (1 - half)
 
-    def two_sided(self, length: int) -> Tensor:
-        """Both kernels and the skip as a circular one (width, n): the second direction's lags count from the end.
-
-        n = fast_length(2·length − 1), so that no end of a sequence meets the other.
-        """
-        k = self.kernel(length)
-        there = k[0]
-        back = k[1] if len(k) == 2 else torch.zeros_like(there)
-        none = there.new_zeros(len(there), fast_length(2 * length - 1) - 2 * length + 1)
-        at_once = there[:, :1] + back[:, :1] + self.D.unsqueeze(-1)
-        return torch.cat([at_once, there[:, 1:], none, back[:, 1:].flip(-1)], dim=-1)
-
     def _kernel_spectrum(self, length: int) -> Tensor:
-        """The spectrum of `two_sided`, kept between calls of evaluation for as long as no parameter changes.
+        """The spectrum of both kernels, kept between calls of evaluation for as long as no parameter changes.
 
         Parameters are compared by value: a fused optimizer step does not raise a tensor's version.
         """
         if self.training or torch.compiler.is_compiling() or self.D.device.type == "meta":
-            return torch.fft.rfft(self.two_sided(length))
+            return torch.fft.rfft(two_sided(self.kernel(length), self.D))
         now = torch.cat([parameter.flatten() for parameter in self.parameters()])
         if self._known is not None:
             before, values, spectrum = self._known
             same_place = values.device == now.device and values.dtype == now.dtype
             if before == length and same_place and torch.equal(values, now):
                 return spectrum
-        spectrum = torch.fft.rfft(self.two_sided(length))
+        spectrum = torch.fft.rfft(two_sided(self.kernel(length), self.D))
         self._known = length, now, spectrum
         return spectrum
 
@@ -193,32 +181,53 @@ def _real(z: Tensor) -> Tensor:
 
 
 class Convolution(torch.autograd.Function):
-    """u (B, L, width) convolved circularly with a kernel (width, n): (B, L, width).
+    """u (B, L, width) convolved with a kernel for each direction, (1 or 2, width, L), and with a skip (width,).
 
-    Keeps `u` and the kernel for the backward pass, where plain operations keep padded copies and spectra, too, and take
-    complex FFTs. Can be differentiated once.
+    Keeps `u` and the kernels' spectrum for the backward pass, where plain operations keep padded copies and the spectra
+    of both, too, and take complex FFTs. Can be differentiated once.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(u, kernel)
-        return _filtered(u, torch.fft.rfft(kernel))
+    def forward(ctx: Any, u: Tensor, kernels: Tensor, skip: Tensor) -> Tensor:
+        by = torch.fft.rfft(two_sided(kernels, skip))
+        ctx.save_for_backward(u, by)
+        ctx.directions = len(kernels)
+        return _filtered(u, by)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        u, kernel = ctx.saved_tensors
-        n, by = kernel.shape[-1], torch.fft.rfft(kernel).conj()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        u, by = ctx.saved_tensors
+        length, width = u.shape[1:]
+        n = 2 * (by.shape[-1] - 1)
         by_u = torch.empty_like(u) if ctx.needs_input_grad[0] else None
-        by_kernel = torch.empty_like(kernel) if ctx.needs_input_grad[1] else None
-        for part in _parts(u.shape[-1], u.shape[0] * u.shape[1]):
+        by_kernels = u.new_empty(ctx.directions, width, length)
+        for part in _parts(width, u.shape[0] * length):
             spectrum = _spectrum(grad[..., part], n)
-            if by_kernel is not None:
-                product = _spectrum(u[..., part], n).conj_physical_().mul_(spectrum)
-                by_kernel[part] = torch.fft.irfft(product.sum(0), n)
+            product = _spectrum(u[..., part], n).conj_physical_().mul_(spectrum)
+            both = torch.fft.irfft(product.sum(0), n)
+            by_kernels[0, part] = both[:, :length]
+            if ctx.directions == 2:  # `two_sided`, undone
+                by_kernels[1, part, 0] = both[:, 0]
+                by_kernels[1, part, 1:] = both[:, n - length + 1 :].flip(-1)
             if by_u is not None:
-                by_u[..., part] = _signal(spectrum.mul_(by[part]), u.shape[1])
-        return by_u, by_kernel
+                by_u[..., part] = _signal(spectrum.mul_(by[part].conj()), length)
+        return by_u, by_kernels, by_kernels[0, :, 0].clone()
+
+
+def two_sided(kernels: Tensor, skip: Tensor) -> Tensor:
+    """Kernels (1 or 2, width, L) and the skip as a circular one (width, n): the second's lags count from the end.
+
+    n = fast_length(2·L − 1), so that no end of a sequence meets the other.
+    """
+    length = kernels.shape[-1]
+    circular = kernels.new_zeros(kernels.shape[1], fast_length(2 * length - 1))
+    circular[:, :length] = kernels[0]
+    if len(kernels) == 2:
+        circular[:, 0] += kernels[1, :, 0]
+        circular[:, circular.shape[1] - length + 1 :] = kernels[1, :, 1:].flip(-1)
+    circular[:, 0] += skip
+    return circular
 
 
 def _filtered(u: Tensor, by: Tensor) -> Tensor:
@@ -246,11 +255,21 @@ def _signal(spectrum: Tensor, length: int) -> Tensor:
 
 
 def powers(log_a: Tensor, count: int) -> Tensor:
-    """a^0 … a^(count − 1) of log a (…, n), as (…, count, n). Each pass doubles their number with one exponential."""
-    result = torch.ones_like(log_a).unsqueeze(-2)
-    while (have := result.shape[-2]) < count:
-        result = torch.cat([result, result[..., : count - have, :] * torch.exp(have * log_a).unsqueeze(-2)], dim=-2)
-    return result
+    """a^0 … a^(count − 1) of log a (…, n), as (…, count, n), where |a| ≤ 1.
+
+    Each pass doubles their number with one exponential. Powers so small that the product of two would be a subnormal
+    number are zero: a processor is many times slower with those.
+    """
+    result = log_a.new_empty(*log_a.shape[:-1], count, log_a.shape[-1])
+    result[..., 0, :] = 1
+    have = 1
+    while have < count:
+        more = min(have, count - have)
+        result[..., have : have + more, :] = result[..., :more, :] * torch.exp(have * log_a).unsqueeze(-2)
+        have += more
+    exponents = torch.arange(count, device=log_a.device, dtype=log_a.real.dtype).unsqueeze(-1)
+    lost = exponents * log_a.real.unsqueeze(-2) < 0.5 * math.log(torch.finfo(log_a.real.dtype).tiny)
+    return result.masked_fill_(lost, 0)
 
 
 def fast_length(minimum: int) -> int:
