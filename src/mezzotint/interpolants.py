@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -64,11 +65,12 @@ class Interpolant(ABC):
         a tensor on any device without a copy or a synchronisation; a tensor (B,) becomes (B, 1, ...) in x's dtype.
         """
         if not isinstance(t, Tensor):
-            return self.at(torch.tensor(t, dtype=torch.float64))
-        c = self.at(t)
-        if t.ndim == 0:
-            return c
-        return Coefficients(*(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in c))
+            t = torch.tensor(t, dtype=torch.float64)
+        return Coefficients(*(self.spread(value, x) for value in self.at(t)))
+
+    def spread(self, value: Tensor, x: Tensor) -> Tensor:
+        """A value that was made of `at`'s, scalar or (B,), shaped to broadcast against x (B, ...)."""
+        return value if value.ndim == 0 else value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 class _VariancePreserving(Interpolant):
@@ -216,6 +218,51 @@ class SNRShift(Interpolant):
 
     def shifted(self, c: Coefficients, root: float) -> Coefficients:
         return self.base.shifted(c, root)
+
+
+class Pyramid(Interpolant):
+    """A packed pyramid: several resolutions in one state (B, N), smallest first, each level with its own path.
+
+    Level r has `base`'s signal-to-noise ratio divided by (its side over the smallest side)**power, so that images of
+    every size are equally hard to read at the same t (MDM, section 3.2). `at` gives one value per level, in a last
+    dimension of its own; `spread` gives each position that of its level. A state of fewer positions is one of the
+    first levels alone.
+
+    Raises `MezzotintError` for a base whose noisy end is not of unit variance.
+    """
+
+    def __init__(self, base: Interpolant, positions: Sequence[int], sides: Sequence[float], power: float = 1.0) -> None:
+        """positions: numbers in each level; sides: pixels along a side of each."""
+        self.base = base
+        self.num_steps, self.t_min = base.num_steps, base.t_min
+        divisors = [(side / sides[0]) ** power for side in sides]
+        self.paths = [base if divisor == 1 else SNRShift(base, divisor) for divisor in divisors]
+        if any(path.prior_std != 1 for path in self.paths):
+            raise MezzotintError(
+                "a pyramid needs an interpolant that ends in noise of variance 1: linear, gvp, vp, ddpm, cosine or "
+                "linear-variance"
+            )
+        self.level = torch.repeat_interleave(torch.arange(len(positions)), torch.tensor(positions))
+        self._on: dict[torch.device, Tensor] = {}
+
+    def at(self, t: Tensor) -> Coefficients:
+        levels = [path.at(t) for path in self.paths]
+        return Coefficients(*(torch.stack(values, dim=-1) for values in zip(*levels, strict=True)))
+
+    def shifted(self, c: Coefficients, root: float) -> Coefficients:
+        return self.base.shifted(c, root)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """That of the smallest level, in t's shape."""
+        return self.base.log_snr(t)
+
+    def spread(self, value: Tensor, x: Tensor) -> Tensor:
+        """(levels,) → (N,), (B, levels) → (B, N), in x's dtype and on its device; a scalar stays what it is."""
+        if value.ndim == 0:
+            return value
+        if x.device not in self._on:
+            self._on[x.device] = self.level.to(x.device)
+        return value.to(x).index_select(-1, self._on[x.device][: x.shape[1]])
 
 
 class Transition(NamedTuple):

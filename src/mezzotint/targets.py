@@ -83,6 +83,7 @@ def time_range(
     for target in to:
         # Even where nothing is converted, the quantity itself may not exist at an end (a velocity with sigma' = inf).
         factors = row(target, ends) if target == source else conversion(source, target, ends)
-        finite &= torch.stack([factor.isfinite() for factor in factors]).all(0)
+        for factor in factors:
+            finite &= factor.isfinite().reshape(2, -1).all(1)  # of a pyramid: at every level
     t_min = 0.0 if finite[0] else eps
     return max(t_min, interpolant.t_min), 1.0 if finite[1] else 1.0 - eps

@@ -96,7 +96,7 @@ def training_range(
     """The largest [t_min, t_max] in [0, 1] on which the target and its weight are finite, by margins of eps."""
     t_min, t_max = time_range(interpolant, target, (target,), eps)
     ends = interpolant.at(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    finite = weighting.on(target, ends).isfinite()
+    finite = weighting.on(target, ends).isfinite().reshape(2, -1).all(1)
     return t_min if finite[0] else max(t_min, eps), t_max if finite[1] else min(t_max, 1 - eps)
 
 

@@ -113,7 +113,7 @@ class Sampler(Settings):
             return grid if grid[-2] >= t_min else self._grid_and_zero(interpolant, t_min, t_max)
         if self.sampler in ("sde", "sde-heun"):
             t_min, t_max = model.time_range("velocity", "score", eps=self.eps)
-            if not sde.ReverseSDE(model, self.diffusion).w(t_max).isfinite():
+            if not sde.ReverseSDE(model, self.diffusion).w(t_max).isfinite().all():
                 t_max -= self.eps
             if self.last_step != "none":
                 t_min = max(self.last_step_size, t_min)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mezzotint.denoiser import Model, Prediction
@@ -23,13 +22,19 @@ def step_variance(kind: Variance, prediction: Prediction, step: Transition) -> T
     return step.lower if kind == "lower" else step.upper
 
 
+def transition_at(model: Model, t: float, s: float, x: Tensor) -> Transition:
+    """The transition from t to s, shaped to broadcast against x."""
+    interpolant = model.interpolant
+    return Transition(*(interpolant.spread(value, x) for value in transition(interpolant, t, s)))
+
+
 def ddpm(
     model: Model, x: Tensor, times: Sequence[float], *, generator: Generators, variance: Variance = "lower"
 ) -> Iterator[Tensor]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draw x_s from q(x_s | x_t, predicted data). Yields each x_s."""
     for t, s in pairwise(times):
         prediction = model(x, t)
-        step = transition(model.interpolant, t, s)
+        step = transition_at(model, t, s, x)
         x = step.from_x_t * x + step.from_data * prediction.data
         if s > 0:  # the last step is the mean: at s = 0 the posterior is a point
             x = x + step_variance(variance, prediction, step).sqrt() * randn_like(x, generator)
@@ -42,8 +47,8 @@ def ddim(
     """DDIM (Song et al. 2021, equation 12): eta 0 is deterministic, 1 has the ancestral variance. Yields each x_s."""
     for t, s in pairwise(times):
         prediction = model(x, t)
-        then = model.interpolant.at(torch.tensor(s, dtype=torch.float64))
-        noise_variance = eta**2 * transition(model.interpolant, t, s).lower
+        then = model.interpolant.coefficients(s, x)
+        noise_variance = eta**2 * transition_at(model, t, s, x).lower
         kept = (then.sigma**2 - noise_variance).clamp(min=0).sqrt()
         x = then.alpha * prediction.data + kept * prediction.noise
         if eta > 0 and s > 0:

@@ -37,14 +37,18 @@ class ReverseSDE:
         self.model, self.name, self.scale = model, diffusion, scale
 
     def w(self, t: float) -> Tensor:
-        """w(t) >= 0, a float64 scalar."""
+        """w(t) >= 0 in float64, a scalar (of a pyramid: one for each level)."""
         time = torch.tensor(t, dtype=torch.float64)
         return self.scale * DIFFUSIONS[self.name](self.model.interpolant.at(time), time)
 
     def drift(self, x: Tensor, t: float) -> Tensor:
         """v − ½ w s, the drift in t (so a step towards data subtracts it)."""
         prediction = self.model(x, t)
-        return prediction.velocity - self.w(t) / 2 * prediction.score
+        return prediction.velocity - self.model.interpolant.spread(self.w(t), x) / 2 * prediction.score
+
+    def noise(self, x: Tensor, t: float, h: float, generator: Generators) -> Tensor:
+        """What a step of size h adds to x: √(w h) dW."""
+        return self.model.interpolant.spread((self.w(t) * h).sqrt(), x) * randn_like(x, generator)
 
 
 def euler_maruyama(
@@ -61,7 +65,7 @@ def euler_maruyama(
     sde = ReverseSDE(model, diffusion, scale)
     for t, s in pairwise(times if last_step == "none" else times[:-1]):
         h = t - s
-        x = x - h * sde.drift(x, t) + (sde.w(t) * h).sqrt() * randn_like(x, generator)
+        x = x - h * sde.drift(x, t) + sde.noise(x, t, h, generator)
         yield x
     if last_step != "none":
         yield finish(sde, x, times[-2], times[-1], last_step)
@@ -81,7 +85,7 @@ def stochastic_heun(
     sde = ReverseSDE(model, diffusion, scale)
     for t, s in pairwise(times if last_step == "none" else times[:-1]):
         h = t - s
-        x = x + (sde.w(t) * h).sqrt() * randn_like(x, generator)
+        x = x + sde.noise(x, t, h, generator)
         k1 = sde.drift(x, t)
         k2 = sde.drift(x - h * k1, s)
         x = x - h / 2 * (k1 + k2)
