@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from mezzotint.conditions import Condition
 from mezzotint.errors import MezzotintError
 from mezzotint.interpolants import Coefficients, Interpolant, Transition
 from mezzotint.targets import TARGETS, Target, convert, time_range
@@ -81,8 +82,9 @@ class Model(Protocol):
 class Denoiser(nn.Module):
     """A backbone, and what its input time and its output mean.
 
-    The backbone is called as backbone(x, network_time, y). Its output may have twice the input's channels: the second
-    half is the learned variance if `learned_variance`, and dropped otherwise (as SiT does with DiT's doubled output).
+    The backbone is called as backbone(x, network_time, y). For images its output may have twice the input's channels:
+    the second half is the learned variance if `learned_variance`, and dropped otherwise (as SiT does with DiT's doubled
+    output).
 
     network_time = scale·t + offset, with (scale, offset) = `time_input`: (1000, −1) is DiT's step index for a
     1,000-step schedule, (−1, 1) is SiT's reversed time.
@@ -116,8 +118,16 @@ class Denoiser(nn.Module):
         return cast(int, self.backbone.num_classes)
 
     @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one example."""
+    def text(self) -> bool:
+        """Whether the condition is captions."""
+        return getattr(self.backbone, "text_features", None) is not None
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Of one example: (C, H, W), (F, C, H, W) of a clip, or (N,) of a packed pyramid."""
+        shape = getattr(self.backbone, "in_shape", None)
+        if shape is not None:
+            return cast("tuple[int, ...]", shape)
         height, width = cast("tuple[int, int]", self.backbone.input_size)
         return cast(int, self.backbone.in_channels), height, width
 
@@ -130,29 +140,31 @@ class Denoiser(nn.Module):
         """Whether what the backbone makes of t and y can be computed apart from x (see `DiT.condition`)."""
         return hasattr(self.backbone, "condition")
 
-    def conditions(self, times: Sequence[float], y: Tensor | None) -> list[Tensor]:
-        """What the backbone makes of each time with each label (K,), None for an unconditional one (K = 1).
+    def conditions(self, times: Sequence[float], y: Condition) -> list[Tensor]:
+        """What the backbone makes of each time with each of K labels or captions.
 
-        A list, one tensor (len(times), K, …) a layer; the row of a time, spread over the examples, is `forward`'s
-        condition.
+        A list of tensors (len(times), K, …); the row of a time, spread over the examples, is `forward`'s condition.
         """
         scale, offset = self.time_input
         backbone = cast(Any, self.backbone)
         device = next(backbone.parameters()).device
         t = torch.tensor([scale * t + offset for t in times], dtype=torch.float32, device=device)
-        k = 1 if y is None else len(y)
-        layers = backbone.condition(t.repeat_interleave(k), None if y is None else y.repeat(len(times)))
-        return [layer.unflatten(0, (len(times), k)) for layer in layers]
+        each = torch.arange(len(y), device=device).repeat(len(times))
+        layers = backbone.condition(t.repeat_interleave(len(y)), y[each])
+        return [layer.unflatten(0, (len(times), len(y))) for layer in layers]
 
     def forward(
         self,
         x: Tensor,
         t: float | Tensor,
-        y: Tensor | None = None,
+        y: Condition | None = None,
         *,
         condition: Sequence[Tensor] | None = None,
     ) -> Prediction:
-        """x (B, C, H, W); t in [0, 1], one number for the batch or (B,); y (B,) int64 or None (the null class).
+        """x (B, *in_shape), of a pyramid its first levels or all; t in [0, 1], one number for the batch or (B,).
+
+        y: labels (B,) int64, None for the null class; or captions, or what the backbone's `embed_condition` made of
+        them.
 
         `condition` is what `conditions` gave for t and y, one row an example; these are then not looked at again.
         """
@@ -167,7 +179,7 @@ class Denoiser(nn.Module):
         shared = {} if condition is None else {"condition": condition}
         output = self.backbone(x, network_time, y, **shared).to(x.dtype)
         variance = None
-        if output.shape[1] == 2 * x.shape[1]:
+        if x.ndim == 4 and output.shape[1] == 2 * x.shape[1]:
             output, second_half = output.chunk(2, dim=1)
             variance = second_half if self.learned_variance else None
         return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance)

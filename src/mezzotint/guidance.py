@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from mezzotint.conditions import Condition, Text
+from mezzotint.conditions.text import join
 from mezzotint.denoiser import Denoiser, Prediction
 from mezzotint.errors import MezzotintError
 from mezzotint.interpolants import Interpolant
@@ -45,24 +48,45 @@ class Guidance(Settings):
 class ConditionalModel:
     """A denoiser with labels and guidance bound to it: the `Model` that samplers see."""
 
-    def __init__(self, denoiser: Denoiser, y: Tensor | None = None, guidance: Guidance | None = None) -> None:
-        """y (B,) int64 in [0, num_classes]; None for an unconditional denoiser, or for the null class."""
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        y: Condition | None = None,
+        guidance: Guidance | None = None,
+        null: Text | None = None,
+    ) -> None:
+        """y: labels (B,) int64 in [0, num_classes], None for the null class; or B captions; None if unconditional.
+
+        null: where y is captions, what the unconditional branch is given: one caption, the empty one as a rule.
+        """
         guidance = guidance or Guidance()
-        if guidance.scale != 1 and not denoiser.num_classes:
+        num_classes = denoiser.num_classes
+        if guidance.scale != 1 and not (num_classes or denoiser.text):
             raise MezzotintError(
                 f"guidance.scale {guidance.scale} needs a conditional model; this one has no classes (use scale 1)"
             )
-        if y is not None and denoiser.num_classes and ((y < 0) | (y > denoiser.num_classes)).any():
-            raise MezzotintError(
-                f"class labels must lie in 0..{denoiser.num_classes - 1}, or {denoiser.num_classes} for the null class"
-            )
-        channels = denoiser.in_shape[0]
-        if guidance.channels is not None and guidance.channels > channels:
-            raise MezzotintError(f"guidance.channels is {guidance.channels}, but the model has {channels} channel(s)")
+        if isinstance(y, Tensor) and num_classes and ((y < 0) | (y > num_classes)).any():
+            raise MezzotintError(f"class labels must lie in 0..{num_classes - 1}, or {num_classes} for the null class")
+        if guidance.channels is not None:
+            if len(denoiser.in_shape) != 3:
+                raise MezzotintError("guidance.channels means nothing for a pyramid or a clip; leave it out")
+            if guidance.channels > denoiser.in_shape[0]:
+                raise MezzotintError(
+                    f"guidance.channels is {guidance.channels}, but the model has {denoiser.in_shape[0]} channel(s)"
+                )
         self.denoiser = denoiser
         self.guidance = guidance
-        self.y = y if denoiser.num_classes else None
-        self.both = None if self.y is None else torch.cat([self.y, torch.full_like(self.y, denoiser.num_classes)])
+        #: the conditions that there are, and for each example of both branches, (2·B,), which one is its own
+        self._known: Condition | None = None
+        self._rows = torch.empty(0, dtype=torch.int64)
+        if isinstance(y, Text):
+            assert null is not None, "captions need the null caption"
+            self._known = join(y, null)
+            order = torch.arange(len(y), device=y.mask.device)
+            self._rows = torch.cat([order, torch.full_like(order, len(y))])
+        elif y is not None and num_classes:
+            self._known, self._rows = torch.unique(torch.cat([y, torch.full_like(y, num_classes)]), return_inverse=True)
+        self._embedded: Any = None
         self._times: list[float] = []  # those that `expect` announced, and what is known of some of them
         self._conditions: dict[float, list[Tensor]] = {}
 
@@ -83,20 +107,36 @@ class ConditionalModel:
         The layers that make it, a third of DiT's weights, are then read once for a block of times instead of at every
         one, and work once for a class instead of once for an example.
         """
-        if self.both is not None and self.denoiser.has_conditions:
-            self._classes, self._rows = torch.unique(self.both, return_inverse=True)
+        if self._known is not None and self.denoiser.has_conditions:
             self._times = list(times)
 
     def _condition(self, t: float | Tensor, rows: slice) -> list[Tensor] | None:
-        """The backbone's condition at t for these rows of `both`; None where t was not announced."""
-        if isinstance(t, Tensor) or t not in self._times:
+        """The backbone's condition at t for these rows of both branches; None where t was not announced."""
+        if self._known is None or isinstance(t, Tensor) or t not in self._times:
             return None
         if t not in self._conditions:
-            count = max(1, CONDITIONS_AHEAD // len(self._classes))
+            count = max(1, CONDITIONS_AHEAD // len(self._known))
             ahead = self._times[self._times.index(t) :][:count]
-            layers = self.denoiser.conditions(ahead, self._classes)
+            layers = self.denoiser.conditions(ahead, self._known)
             self._conditions = {time: [layer[i] for layer in layers] for i, time in enumerate(ahead)}
         return [layer[self._rows[rows]] for layer in self._conditions[t]]
+
+    def _given(self, rows: slice) -> Any:
+        """Labels or captions of these rows of both branches; what the backbone makes of them, if it does so once."""
+        if self._known is None:
+            return None
+        embed = getattr(self.denoiser.backbone, "embed_condition", None)
+        if embed is None:
+            return self._known[self._rows[rows]]
+        if self._embedded is None:
+            with torch.no_grad():
+                self._embedded = embed(self._known)
+        values = (None if value is None else value[self._rows[rows]] for value in self._embedded)
+        return type(self._embedded)(*values)
+
+    def _ask(self, x: Tensor, t: float | Tensor, rows: slice) -> Prediction:
+        condition = self._condition(t, rows)
+        return self.denoiser(x, t, None if condition is not None else self._given(rows), condition=condition)
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         """The guided prediction at x (B, C, H, W) and one t for the whole batch."""
@@ -105,12 +145,12 @@ class ConditionalModel:
         everywhere = (low, high) == (0.0, 1.0)
         inside = everywhere or low <= (t.flatten()[0].item() if isinstance(t, Tensor) else t) <= high
         batch = len(x)
-        if scale == 1 or self.both is None or not inside:
-            return self.denoiser(x, t, self.y, condition=self._condition(t, slice(batch)))
+        if scale == 1 or self._known is None or not inside:
+            return self._ask(x, t, slice(batch))
         if scale == 0 and self.guidance.channels is None:
-            return self.denoiser(x, t, None, condition=self._condition(t, slice(batch, None)))
+            return self._ask(x, t, slice(batch, None))
         twice = t.repeat(2) if isinstance(t, Tensor) and t.ndim else t
-        pair = self.denoiser(torch.cat([x, x]), twice, self.both, condition=self._condition(t, slice(None)))
+        pair = self._ask(torch.cat([x, x]), twice, slice(None))
         conditional, unconditional = pair.output.chunk(2)
         output = torch.lerp(unconditional, conditional, scale)
         if self.guidance.channels is not None:

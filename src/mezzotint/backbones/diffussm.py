@@ -9,12 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.dit import NORM_EPS, FinalLayer
-from mezzotint.backbones.layers import LabelEmbedding, TimestepEmbedding, modulate, position_table
+from mezzotint.backbones.dit import FinalLayer
+from mezzotint.backbones.layers import (
+    NORM_EPS,
+    CrossAttention,
+    TimestepEmbedding,
+    add_features,
+    as_features,
+    check_input,
+    modulate,
+    position_table,
+    unpatchify,
+)
 from mezzotint.backbones.s4d import S4D, Discretisation, Initialisation
+from mezzotint.backbones.text import condition_embedding, embedded, head_count
+from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError, closest
 
 Scan = Literal["row", "row-snake", "column", "column-snake"]
+Conditioning = Literal["adaln", "cross-attention", "in-context"]
 
 
 class DiffuSSM(nn.Module):
@@ -31,8 +44,17 @@ class DiffuSSM(nn.Module):
     classes: row `num_classes` is the null class, which the training objective (not this module) puts in at random.
     `state`, `initialisation`, `discretisation` and `bidirectional` are S4D's.
 
+    `text_features`, in the place of classes, builds a network of captions: above 0, of a frozen encoder's features of
+    that width; 0, of bytes, with an encoder that is trained along. `conditioning` says how captions enter (time always
+    enters by adaptive normalisation): adaln, the mean of the tokens is added to the embedding of time; cross-attention,
+    each block's groups first attend to the tokens; in-context, each token is a group of its own, and these stand before
+    the image's in every sequence, whatever the scan. Padding is masked, and changes nothing.
+
+    Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
+
     Raises MezzotintError when a side of `input_size` is not a multiple of `patch_size`, `hourglass` does not divide the
-    number of positions and 2·width, `width` is not a multiple of 4, `scan` is empty or has an unknown word, or as S4D.
+    number of positions and 2·width, `width` is not a multiple of 4, `scan` is empty or has an unknown word, there are
+    both classes and captions, `conditioning` is unknown or not adaln without captions, or as S4D.
     """
 
     pos_embed: Tensor
@@ -49,6 +71,8 @@ class DiffuSSM(nn.Module):
         depth: int,
         hourglass: int = 2,
         num_classes: int = 0,
+        text_features: int | None = None,
+        conditioning: Conditioning = "adaln",
         scan: Sequence[Scan] = ("row",),
         state: int = 64,
         initialisation: Initialisation = "lin",
@@ -70,20 +94,33 @@ class DiffuSSM(nn.Module):
         if not scan or (unknown := [word for word in scan if word not in get_args(Scan)]):
             hint = closest(unknown[0], get_args(Scan)) if scan else f"known: {', '.join(get_args(Scan))}"
             raise MezzotintError(f"scan {unknown[0]!r} is unknown; {hint}" if scan else f"scan is empty; {hint}")
+        if conditioning not in get_args(Conditioning):
+            raise MezzotintError(
+                f"conditioning {conditioning!r} is unknown; {closest(conditioning, get_args(Conditioning))}"
+            )
+        if text_features is None and conditioning != "adaln":
+            raise MezzotintError(
+                f"conditioning {conditioning} needs captions; set text_features, or take conditioning adaln"
+            )
         self.input_size = (rows, columns)
         self.patch_size = patch_size
+        self.feature_channels = width
+        self.feature_stride = (patch_size, patch_size * hourglass)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.hourglass = hourglass
         self.num_classes = num_classes
+        self.text_features = text_features
+        self.conditioning = conditioning
 
         self.x_embedder = GroupEmbedding(patch_size, hourglass * in_channels, width)
         self.t_embedder = TimestepEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width) if num_classes else None
+        self.y_embedder = condition_embedding(num_classes, text_features, width)
         table = position_table(width, *grid).unflatten(0, (-1, hourglass)).mean(dim=1)
         self.register_buffer("pos_embed", table.unsqueeze(0))
+        block = CrossAttentionBlock if conditioning == "cross-attention" else Block
         self.blocks = nn.ModuleList(
-            Block(
+            block(
                 width,
                 hourglass,
                 ScanOrder(scan[k % len(scan)], *grid),
@@ -101,17 +138,17 @@ class DiffuSSM(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """DiT's initialisation; the state-space layers have their own."""
-        zero = ("bias", "final_layer.linear", "adaLN_modulation")
+        """DiT's initialisation; state-space layers and text have their own, and captions are not attended to yet."""
+        zero = ("bias", "final_layer.linear", "adaLN_modulation", "cross_attn.proj")
         own = {id(parameter) for parameter in self.ssm_parameters()}
         for name, parameter in self.named_parameters():
-            if id(parameter) in own:
+            if id(parameter) in own or name.startswith("y_embedder.encoder"):
                 continue
             if any(part in name for part in zero):
                 nn.init.zeros_(parameter)
             elif name.startswith(("t_embedder", "y_embedder")):
                 nn.init.normal_(parameter, std=0.02)
-            else:
+            elif parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     def ssm_parameters(self) -> Iterator[nn.Parameter]:
@@ -119,50 +156,89 @@ class DiffuSSM(nn.Module):
         return (parameter for module in self.modules() if isinstance(module, S4D) for parameter in module.parameters())
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, condition: Sequence[Tensor] | None = None
+        self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None
     ) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W).
 
         Computed in the parameters' dtype (state-space layers: float32 or better), whatever that of `x`; the output has
-        it, too. `t` (B,) is time as the sinusoids see it (DiT: 0 to 999), best in float32. `y` (B,) int64 in
-        [0, num_classes]; None for an unconditional network, which does not look at it. `condition` is what
-        `self.condition(t, y)` gave, where it is known already. Raises MezzotintError for an `x` of another shape and
-        for a missing `y`.
+        it, too. `t` (B,) is time as the sinusoids see it (DiT: 0 to 999), best in float32. `y`: labels (B,) int64 in
+        [0, num_classes], or a Text of B captions; None for an unconditional network, which does not look at it.
+        `condition` is what `self.condition(t, y)` gave, where it is known already. Raises MezzotintError for an `x` of
+        another shape and for a `y` that is missing or of the other kind.
         """
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            rows, columns = self.input_size
+        conditions = self.condition(t, y) if condition is None else condition
+        return self._decoded(self._through(self._encoded(x), conditions), conditions)
+
+    def forward_features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | None,
+        features: Tensor | None,
+        *,
+        condition: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, for a network inside another: its output, and its groups before the final layer.
+
+        `features` (B, feature_channels, H / p, W / pM) are added to the groups that enter the blocks; the groups that
+        leave them have that shape, too. Raises MezzotintError as `forward`, for features of another shape, and where
+        groups of M neighbours go beyond the end of a row.
+        """
+        columns, (down, across) = self.input_size[1], self.feature_stride
+        if columns % across:
             raise MezzotintError(
-                f"input has shape {tuple(x.shape)}, expected (B, {self.in_channels}, {rows}, {columns}); "
-                "resize it or build the network with that input_size and in_channels"
+                f"rows of {columns // self.patch_size} positions cannot be cut into groups of {self.hourglass}, so "
+                "that there is no grid of features; use an hourglass that divides them"
             )
-        *conditions, final = self.condition(t, y) if condition is None else condition
-        groups = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        for block, c in zip(self.blocks, conditions, strict=True):
-            groups = block(groups, c)
-        return self._unpatchify(self.final_layer(groups, final))
+        grid = self.input_size[0] // down, columns // across
+        conditions = self.condition(t, y) if condition is None else condition
+        groups = self._through(add_features(self._encoded(x), features, grid), conditions)
+        return self._decoded(groups, conditions), as_features(groups, grid)
 
-    def condition(self, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """What each block, and last the final layer, is given of `t` and `y` (N,): shifts, scales, gates (N, 1, …).
+    def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
+        """What the network is given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).
 
-        They depend on nothing else, so that a sampler can have them computed once for all examples of a class, and for
-        many steps. Raises MezzotintError for a missing `y`.
+        Shifts, scales and gates (N, 1, …) for each block and then for the final layer; after them, but for adaln, the
+        tokens of captions (N, n, width) and their mask bool (N, n). They depend on nothing else, so that a sampler can
+        have them computed once for all examples of a class, and for many steps. Raises MezzotintError for a `y` that is
+        missing or of the other kind.
         """
-        c = self.t_embedder(t)
+        c, text = self.t_embedder(t).unsqueeze(1), []
         if self.y_embedder is not None:
-            if y is None:
-                raise MezzotintError(
-                    f"class labels are missing; pass y (B,), with {self.num_classes} where there is no class"
-                )
-            c = c + self.y_embedder(y)
-        c = F.silu(c.unsqueeze(1))
-        return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)]
+            embeddings, mask = embedded(self.y_embedder, y, pool=self.conditioning == "adaln")
+            if mask is None:
+                c = c + embeddings
+            else:
+                text = [embeddings, mask]
+        c = F.silu(c)
+        return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)] + text
 
-    def _unpatchify(self, groups: Tensor) -> Tensor:
-        """(B, J, M·p·p·C) → (B, C, H, W)."""
-        p = self.patch_size
-        rows, columns = self.input_size
-        patches = groups.reshape(-1, rows // p, columns // p, p, p, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows, columns)
+    def _encoded(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_channels, self.input_size)
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+
+    def _through(self, groups: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """The groups (B, J, width) after all blocks."""
+        count, depth = groups.shape[1], len(self.blocks)
+        text: Sequence[Tensor] = conditions[depth + 1 :]
+        if self.conditioning == "in-context":
+            tokens, mask = _flush_right(*text)
+            groups = torch.cat([tokens, groups], dim=1)
+            text = [mask.repeat_interleave(self.hourglass, dim=1)]
+        for block, c in zip(self.blocks, conditions[:depth], strict=True):
+            groups = block(groups, c, *text)
+        return groups[:, groups.shape[1] - count :]
+
+    def _decoded(self, groups: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """(B, J, width) → (B, out_channels, H, W)."""
+        numbers = self.final_layer(groups, conditions[len(self.blocks)])
+        return unpatchify(numbers, self.patch_size, (self.out_channels, *self.input_size))
+
+
+def _flush_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, n, width) with the padding first: a caption ends where the image begins, whatever else is there."""
+    mask, order = mask.sort(dim=1, stable=True)
+    return tokens.gather(1, order.unsqueeze(-1).expand_as(tokens)), mask
 
 
 class GroupEmbedding(nn.Module):
@@ -241,16 +317,41 @@ class Block(nn.Module):
         self.w2 = nn.Linear(2 * width, 2 * width)
         self.w3 = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """c (B, 1, 3·width) is what `adaLN_modulation` made of time and class."""
+    def forward(self, x: Tensor, c: Tensor, text: Tensor | None = None) -> Tensor:
+        """c (B, 1, 3·width) is what `adaLN_modulation` made of time and class.
+
+        `text` bool (B, n): the first n of the L positions are not the image's but a caption's; where one is.
+        """
         shift, scale, gate = c.chunk(3, dim=-1)
         i = modulate(self.norm(x), shift, scale)
         u = _activated(self.up(_activated(self.w0(i)))).unflatten(-1, (-1, self.width)).flatten(1, 2)
-        y = self.ssm_out(_activated(self.order.undo(self.ssm(self.order(u)))))
+        y = self.ssm_out(_activated(self._scanned(u, text)))
         y = y.unflatten(1, (x.shape[1], -1))
         hidden = torch.cat([down(y[:, :, k]) for k, down in enumerate(self.down)], dim=-1)
         o = self.w3(_activated(self.w2(_activated(hidden))) * _activated(self.w1(i)))
         return torch.addcmul(x, gate, o)
+
+    def _scanned(self, u: Tensor, text: Tensor | None) -> Tensor:
+        """SSM(U): captions in reading order, padding silent, and then the image in this block's order."""
+        if text is None:
+            return self.order.undo(self.ssm(self.order(u)))
+        n = text.shape[1]
+        caption = u[:, :n] * text.unsqueeze(-1)
+        y = self.ssm(torch.cat([caption, self.order(u[:, n:])], dim=1))
+        return torch.cat([y[:, :n], self.order.undo(y[:, n:])], dim=1)
+
+
+class CrossAttentionBlock(Block):
+    """A block whose groups first attend to a caption's tokens, inside a residual of their own."""
+
+    def __init__(self, width: int, hourglass: int, order: ScanOrder, ssm: S4D) -> None:
+        super().__init__(width, hourglass, order, ssm)
+        self.norm_cross = nn.LayerNorm(width, eps=NORM_EPS)
+        self.cross_attn = CrossAttention(width, head_count(width))
+
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens (B, n, width), mask bool (B, n)."""
+        return super().forward(x + self.cross_attn(self.norm_cross(x), tokens, mask), c)
 
 
 def _activated(x: Tensor) -> Tensor:

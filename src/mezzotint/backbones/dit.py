@@ -9,10 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import MLP, Attention, LabelEmbedding, TimestepEmbedding, modulate, position_table
+from mezzotint.backbones.layers import (
+    NORM_EPS,
+    Block,
+    CrossAttention,
+    TimestepEmbedding,
+    TransformerBlock,
+    add_features,
+    as_features,
+    check_input,
+    modulate,
+    position_table,
+    unpatchify,
+)
+from mezzotint.backbones.text import condition_embedding, embedded
+from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError, closest
-
-NORM_EPS = 1e-6
 
 
 class DiT(nn.Module):
@@ -21,8 +33,15 @@ class DiT(nn.Module):
     `num_classes` = 0 builds an unconditional network. Otherwise the label table has one row more than there are
     classes: row `num_classes` is the null class, which the training objective (not this module) puts in at random.
 
-    Raises MezzotintError when `conditioning` is unknown, a side of `input_size` is not a multiple of `patch_size`, or
-    `width` is not a multiple of 4 and of `heads`.
+    `text_features`, in the place of classes, builds a network of captions: above 0, of a frozen encoder's features of
+    that width; 0, of bytes, with an encoder that is trained along. In the designs adaln-zero and adaln the mean of a
+    caption's tokens is added to the embedding of time, and nothing else is known of it. With cross-attention the
+    image's tokens attend to time and the caption's tokens; in-context, these travel in the sequence. Padding is masked.
+
+    Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
+
+    Raises MezzotintError when `conditioning` is unknown, a side of `input_size` is not a multiple of `patch_size`,
+    `width` is not a multiple of 4 and of `heads`, or there are both classes and captions.
     """
 
     pos_embed: Tensor
@@ -39,6 +58,7 @@ class DiT(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        text_features: int | None = None,
         conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero",
         freq_shift: int = 0,
     ) -> None:
@@ -52,27 +72,32 @@ class DiT(nn.Module):
             )
         self.input_size = (rows, columns)
         self.patch_size = patch_size
+        self.grid = rows // patch_size, columns // patch_size
+        self.feature_channels = width
+        self.feature_stride = (patch_size, patch_size)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.num_classes = num_classes
+        self.text_features = text_features
         self.conditioning = conditioning
         self.adaptive = conditioning in ("adaln-zero", "adaln")
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedding(width, freq_shift)
-        self.y_embedder = LabelEmbedding(num_classes, width) if num_classes else None
-        table = position_table(width, rows // patch_size, columns // patch_size)
-        self.register_buffer("pos_embed", table.unsqueeze(0))
+        self.y_embedder = condition_embedding(num_classes, text_features, width)
+        self.register_buffer("pos_embed", position_table(width, *self.grid).unsqueeze(0))
         self.blocks = nn.ModuleList(BLOCKS[conditioning](width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size**2 * self.out_channels, self.adaptive)
         self._initialise()
 
     def _initialise(self) -> None:
-        """The published initialisation (§4 of the paper, and the official code for the embeddings)."""
+        """The published initialisation (§4 of the paper, and the official code for embeddings); text has its own."""
         zero = ["bias", "final_layer.linear"]
         if self.conditioning == "adaln-zero":
             zero.append("adaLN_modulation")
         for name, parameter in self.named_parameters():
+            if name.startswith("y_embedder.encoder"):
+                continue
             if any(part in name for part in zero):
                 nn.init.zeros_(parameter)
             elif name.startswith(("t_embedder", "y_embedder")):
@@ -81,57 +106,69 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1))  # the patch projection counts as the linear layer it is
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, condition: Sequence[Tensor] | None = None
+        self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None
     ) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W).
 
         Computed in the parameters' dtype, whatever that of `x`; the output has it, too. `t` (B,) is time as the
-        sinusoids see it (DiT: 0 to 999), best in float32. `y` (B,) int64 in [0, num_classes]; None for an unconditional
-        network, which does not look at it. `condition` is what `self.condition(t, y)` gave, where it is known already.
-        Raises MezzotintError for an `x` of another shape and for a missing `y`.
+        sinusoids see it (DiT: 0 to 999), best in float32. `y`: labels (B,) int64 in [0, num_classes], or a Text of B
+        captions; None for an unconditional network, which does not look at it. `condition` is what
+        `self.condition(t, y)` gave, where it is known already. Raises MezzotintError for an `x` of another shape and
+        for a `y` that is missing or of the other kind.
         """
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            rows, columns = self.input_size
-            raise MezzotintError(
-                f"input has shape {tuple(x.shape)}, expected (B, {self.in_channels}, {rows}, {columns}); "
-                "resize it or build the network with that input_size and in_channels"
-            )
-        *conditions, final = self.condition(t, y) if condition is None else condition
+        return self.forward_features(x, t, y, None, condition=condition)[0]
+
+    def forward_features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | None,
+        features: Tensor | None,
+        *,
+        condition: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, for a network inside another: its output, and its tokens before the final layer.
+
+        `features` (B, feature_channels, H / p, W / p) are added to the tokens that enter the blocks; the tokens that
+        leave them have that shape, too. Raises MezzotintError as `forward`, and for features of another shape.
+        """
+        check_input(x, self.in_channels, self.input_size)
+        conditions = self.condition(t, y) if condition is None else condition
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        length = tokens.shape[1]
-        if self.conditioning == "in-context":
-            tokens = torch.cat([tokens, conditions[0]], dim=1)
-        for block, c in zip(self.blocks, conditions, strict=True):
-            tokens = block(tokens, c)
-        return self._unpatchify(self.final_layer(tokens[:, :length], final))
+        tokens = add_features(tokens, features, self.grid)
+        length, final = tokens.shape[1], None
+        given: list[tuple[Tensor, ...]]
+        if self.adaptive:
+            *each, final = conditions
+            given = [(c,) for c in each]
+        elif self.conditioning == "cross-attention":
+            given = [tuple(conditions)] * len(self.blocks)
+        else:
+            c, *mask = conditions
+            tokens = torch.cat([tokens, c], dim=1)
+            given = [tuple(F.pad(m, (length, 0), value=True) for m in mask)] * len(self.blocks)
+        for block, c_and_mask in zip(self.blocks, given, strict=True):
+            tokens = block(tokens, *c_and_mask)
+        tokens = tokens[:, :length]
+        output = unpatchify(self.final_layer(tokens, final), self.patch_size, (self.out_channels, *self.input_size))
+        return output, as_features(tokens, self.grid)
 
-    def condition(self, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """What each block, and last the final layer, is given of `t` and `y` (N,): tensors (N, 1 or 2, …).
+    def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
+        """What the blocks and the final layer are given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).
 
-        Where LayerNorm is adaptive these are the shifts, scales and gates; elsewhere both embeddings. They depend on
+        Where LayerNorm is adaptive, shifts, scales and gates for each block and, last, for the final layer. Elsewhere
+        the embeddings (N, n, width), the same for all blocks, and for captions their mask bool (N, n). They depend on
         nothing else, so that a sampler can have them computed once for all examples of a class, and for many steps.
-        Raises MezzotintError for a missing `y`.
+        Raises MezzotintError for a `y` that is missing or of the other kind.
         """
-        embeddings = [self.t_embedder(t)]
+        c, mask = self.t_embedder(t).unsqueeze(1), None
         if self.y_embedder is not None:
-            if y is None:
-                raise MezzotintError(
-                    f"class labels are missing; pass y (B,), with {self.num_classes} where there is no class"
-                )
-            embeddings.append(self.y_embedder(y))
-        c = torch.stack(embeddings, dim=1)
-        layers = [*self.blocks, self.final_layer]
+            embeddings, mask = embedded(self.y_embedder, y, pool=self.adaptive)
+            c = torch.cat([c, embeddings], dim=1)
         if not self.adaptive:
-            return [c] * len(layers)
+            return [c] if mask is None else [c, F.pad(mask, (1, 0), value=True)]
         c = F.silu(c.sum(dim=1, keepdim=True))  # every regression layer starts with this SiLU: taken once for all
-        return [layer.adaLN_modulation(c) for layer in layers]
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, T, p·p·C) → (B, C, H, W)."""
-        p = self.patch_size
-        rows, columns = self.input_size
-        patches = tokens.reshape(-1, rows // p, columns // p, p, p, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, rows, columns)
+        return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)]
 
 
 class PatchEmbedding(nn.Module):
@@ -149,30 +186,15 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Block(nn.Module):
-    """What the four designs share: self-attention and MLP, each after a LayerNorm and inside a residual.
+class AdaLNZeroBlock(Block):
+    """Shift, scale and gate of both branches regressed from c; gates of zero make the block the identity at first.
 
-    Every design's forward maps tokens (B, T, width) and a condition c to tokens. Where LayerNorm is adaptive, c holds
-    the `regressed` vectors of `width` that `adaLN_modulation` makes of the activated sum of the embeddings of time and
-    class, (B, 1, regressed·width); elsewhere (`regressed` 0) it is the embeddings themselves, (B, n, width), and the
-    norms have parameters of their own.
+    c (B, 1, 6·width) is what `adaLN_modulation` makes of the activated sum of the embeddings of time and class or text.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, regressed: int = 0) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=not regressed)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=not regressed)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        if regressed:
-            self.adaLN_modulation = _regression(width, regressed)
-
-
-class AdaLNZeroBlock(Block):
-    """Shift, scale and gate of both branches regressed from c; gates of zero make the block the identity at first."""
-
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__(width, heads, mlp_ratio, regressed=6)
+        super().__init__(width, heads, mlp_ratio, affine=False)
+        self.adaLN_modulation = _regression(width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=-1)
@@ -181,10 +203,11 @@ class AdaLNZeroBlock(Block):
 
 
 class AdaLNBlock(Block):
-    """Shift and scale of both LayerNorms regressed from c."""
+    """Shift and scale of both LayerNorms regressed from c (B, 1, 4·width)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__(width, heads, mlp_ratio, regressed=4)
+        super().__init__(width, heads, mlp_ratio, affine=False)
+        self.adaLN_modulation = _regression(width, 4)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = c.chunk(4, dim=-1)
@@ -192,42 +215,18 @@ class AdaLNBlock(Block):
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class InContextBlock(Block):
-    """A plain transformer block: the embeddings travel among the tokens, so c is not looked at again."""
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class CrossAttentionBlock(Block):
-    """A plain transformer block with cross-attention to the embeddings between self-attention and MLP."""
+    """A transformer block with cross-attention to the embeddings c (B, n, width) between self-attention and MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__(width, heads, mlp_ratio)
         self.norm_cross = nn.LayerNorm(width, eps=NORM_EPS)
         self.cross_attn = CrossAttention(width, heads)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), c)
+        x = x + self.cross_attn(self.norm_cross(x), c, mask)
         return x + self.mlp(self.norm2(x))
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of x (B, T, width) to c (B, n, width)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(c).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FinalLayer(nn.Module):
@@ -235,15 +234,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out_features: int, adaptive: bool) -> None:
         super().__init__()
-        self.adaptive = adaptive
         self.norm_final = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=not adaptive)
         self.linear = nn.Linear(width, out_features)
         if adaptive:
             self.adaLN_modulation = _regression(width, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         x = self.norm_final(x)
-        if self.adaptive:
+        if c is not None:
             x = modulate(x, *c.chunk(2, dim=-1))
         return self.linear(x)
 
@@ -257,7 +255,7 @@ BLOCKS: dict[str, type[Block]] = {
     "adaln-zero": AdaLNZeroBlock,
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,
-    "in-context": InContextBlock,
+    "in-context": TransformerBlock,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mezzotint.errors import MezzotintError
 
+NORM_EPS = 1e-6
 MAX_PERIOD = 10_000.0
 TIME_FREQUENCIES = 128
 
@@ -18,6 +19,12 @@ def _angles(position: Tensor, count: int, freq_shift: int = 0) -> Tensor:
     """Positions (N,) times the `count` frequencies MAX_PERIOD^(−k / (count − freq_shift)): (N, count)."""
     index = torch.arange(count, dtype=position.dtype, device=position.device)
     return torch.outer(position, torch.exp(-math.log(MAX_PERIOD) * index / (count - freq_shift)))
+
+
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """Positions (N,) in floating point → (N, width): the sines of `width` / 2 angles, then their cosines."""
+    angles = _angles(position, width // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def position_table(width: int, rows: int, columns: int) -> Tensor:
@@ -30,8 +37,7 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
         raise MezzotintError(f"width {width} cannot hold a sine-cosine position table; use a multiple of 4")
 
     def along(length: int) -> Tensor:
-        angles = _angles(torch.arange(length, dtype=torch.float64), width // 4)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return sinusoids(torch.arange(length, dtype=torch.float64), width // 2)
 
     by_column = along(columns).expand(rows, columns, -1)
     by_row = along(rows).unsqueeze(1).expand(rows, columns, -1)
@@ -61,14 +67,51 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
+def check_input(x: Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Raises MezzotintError unless x is (B, channels, *size)."""
+    if x.shape[1:] != (channels, *size):
+        raise MezzotintError(
+            f"input has shape {tuple(x.shape)}, expected (B, {channels}, {size[0]}, {size[1]}); "
+            "resize it or build the network with that input_size and in_channels"
+        )
+
+
+def unpatchify(tokens: Tensor, patch_size: int, shape: tuple[int, int, int]) -> Tensor:
+    """Tokens of one or more p×p patches each, read row by row, channels last, → (B, *shape), shape = (C, H, W)."""
+    p, (channels, rows, columns) = patch_size, shape
+    patches = tokens.reshape(-1, rows // p, columns // p, p, p, channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows, columns)
+
+
+def add_features(tokens: Tensor, features: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, T, width) of a grid read row by row, with the features (B, width, *grid) of an outer network added.
+
+    Raises MezzotintError for features of another shape.
+    """
+    if features is None:
+        return tokens
+    if features.shape != (len(tokens), tokens.shape[2], *grid):
+        raise MezzotintError(
+            f"features have shape {tuple(features.shape)}, expected ({len(tokens)}, {tokens.shape[2]}, {grid[0]}, "
+            f"{grid[1]}); see feature_channels and feature_stride"
+        )
+    return tokens + features.to(tokens.dtype).flatten(2).transpose(1, 2)
+
+
+def as_features(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, T, width) of a grid read row by row as features (B, width, *grid); a view."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention (B, T, width) → (B, T, width).
+    """Multi-head self-attention (B, T, width) → (B, T, width); `mask` bool (B, T): which tokens are attended to.
 
     Raises MezzotintError when `width` is not a multiple of `heads`.
     """
@@ -81,9 +124,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(_attended(q, k, v, mask))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, T, width) to c (B, n, width); `mask` bool (B, n): which of c are attended to."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(c).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(_attended(q, k, v, mask))
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, heads, T or n, width / heads) → (B, T, width)."""
+    mask = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -96,6 +161,25 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """The layers of a transformer block: self-attention and MLP, each after a LayerNorm (`affine`: with parameters)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, affine: bool = True) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+
+class TransformerBlock(Block):
+    """Both inside a residual, (B, T, width) → (B, T, width); `mask` bool (B, T): which tokens are attended to."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BYTE_TOKENS = 258  # nothing, the beginning, and 256 bytes
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Text:
     """A batch of B captions of up to T tokens each; every caption, the empty one too, has at least one."""
 
@@ -42,13 +45,15 @@ def join(*batches: Text) -> Text:
     return Text(torch.cat([b.tokens for b in batches]), torch.cat([b.mask for b in batches]))
 
 
-def byte_tokens(captions: list[str] | tuple[str, ...], length: int) -> Text:
+def byte_tokens(captions: Sequence[str], length: int) -> Text:
     """Captions as UTF-8: 1 begins each, a byte b is 2 + b, 0 follows the last. int64 (B, `length`), longer ones cut.
 
     Needs no vocabulary: `backbones.text.ByteEncoder` learns what they mean along with the network.
     """
-    tokens = torch.zeros(len(captions), length, dtype=torch.int64)
-    for row, caption in zip(tokens, captions, strict=True):
-        data = caption.encode()[: length - 1]
-        row[: len(data) + 1] = torch.tensor([1, *(2 + byte for byte in data)])
+    encoded = [caption.encode(errors="replace")[: length - 1] for caption in captions]
+    ends = torch.tensor([len(data) for data in encoded], dtype=torch.int64).unsqueeze(1)
+    position = torch.arange(length)
+    tokens = (position == 0).to(torch.int64).repeat(len(encoded), 1)
+    if data := b"".join(encoded):
+        tokens[(position > 0) & (position <= ends)] = 2 + torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
     return Text(tokens, tokens > 0)

@@ -1,0 +1,194 @@
+"""The files of apple/ml-mdm, vis_model_64x64.pth and the like: {"state_dict": …} and what the training script adds.
+
+Their networks are ours under other names, but for two things: attention projects with 1×1 convolutions, here linear
+layers, and the sinusoids of time come sines first, here cosines first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.backbones.nested import LevelConfig, NestedUNet, nest
+from mezzotint.backbones.unet import UNet
+from mezzotint.errors import MezzotintError
+from mezzotint.interop.official import unpickle
+from mezzotint.pipeline import load_tensors
+
+NAMES = {
+    "inner_unet": "inner",
+    "temb_layer1": "t_embedder.mlp.0",
+    "temb_layer2": "t_embedder.mlp.2",
+    "cond_layers.scale.0": "micro_embedder.mlp.0",
+    "cond_layers.scale.1": "micro_embedder.mlp.2",
+    "cond_emb": "y_embedder.proj",
+    "lm_proj": "y_embedder.embedder.encoder",
+    "proj_out": "proj",
+    "ffn.0": "norm_ffn",
+    "ffn.1": "ffn.0",
+    "ffn.3": "ffn.2",
+}
+"""The official words in a tensor's name, and ours."""
+
+UNREADABLE = {
+    "t_attn": "the official attention over frames",
+    "lm_head": "attention layers on top of the captions' features (num_lm_head_layers)",
+    "interp_layer": "conditioning on interpolation",
+    "cond_layers": "micro conditioning on something else than scale",
+}
+"""What of the official code has no place in our networks."""
+
+
+@dataclass(frozen=True)
+class MDMCheckpoint:
+    """Weights under our names, in the file's dtype, and the keyword arguments of each level, the smallest first.
+
+    What no shape tells is as in the published networks: 8 heads, GroupNorms of 32 groups, padding attended to,
+    `micro_scale` the level's side, and the inputs of all but the smallest and the largest level normalised. A network
+    that was trained otherwise is read by changing `levels`.
+    """
+
+    tensors: dict[str, Tensor]
+    levels: tuple[LevelConfig, ...]
+    source: str
+
+    def network(self) -> UNet | NestedUNet:
+        """The network with these weights as they are, in evaluation mode."""
+        with torch.device("meta"):
+            network = nest(self.levels)
+        network.load_state_dict(self.tensors, assign=True)
+        return network.eval()
+
+
+class _Inert:
+    """In place of every class in a file: takes whatever the file would give to it, and does nothing with that."""
+
+    def __init__(self, *values: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_mdm(path: Path, *, input_size: int = 64) -> MDMCheckpoint:
+    """A .pth of the official code, whose smallest images have sides of `input_size`, which no tensor tells.
+
+    Nothing in the file is run: the configurations that the training script saves along are read as empty objects.
+    Raises MezzotintError for a file that is damaged, not of that code, or of a network that we do not have.
+    """
+    try:
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever is wrong with the file, `unpickle` says it
+        classes = []
+    inert: list[Any] = [(_Inert, name) for name in classes if name != "argparse.Namespace"]
+    with torch.serialization.safe_globals(inert):
+        content = unpickle(path)
+    return from_mdm(content.get("state_dict", content), str(path), input_size=input_size)
+
+
+def is_mdm(names: Mapping[str, Any]) -> bool:
+    """Whether these are the names of an official MDM network's tensors."""
+    return any(re.fullmatch(r"(module\.|_orig_mod\.)*temb_layer1\.weight", name) for name in names)
+
+
+def from_mdm(content: Mapping[str, Any], source: str, *, input_size: int = 64) -> MDMCheckpoint:
+    """The checkpoint of a state dict under the official names. Raises MezzotintError as `read_mdm` does."""
+    if not is_mdm(content):
+        names = ", ".join(list(content)[:4]) or "nothing"
+        raise MezzotintError(
+            f"{source} is not an MDM: it has {len(content)} entries ({names}, …); expected the names of the official "
+            "unet.py, such as temb_layer1.weight"
+        )
+    named = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
+    tensors: dict[str, Tensor] = {}
+    for official, value in named.items():
+        if not isinstance(value, Tensor):
+            raise MezzotintError(f"{source} is not a state dict: its entry {official!r} is no tensor; expected tensors")
+        name = _renamed(official)
+        if word := next((word for word in UNREADABLE if re.search(rf"(^|\.){word}", name)), None):
+            raise MezzotintError(f"{source} has {UNREADABLE[word]} ({official}), which our networks lack; take another")
+        tensors[name] = _converted(name, value.detach())
+    levels = _levels(tensors, input_size, source)
+    with torch.device("meta"):
+        network = nest(levels)
+        load_tensors(network, {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}, source)
+    return MDMCheckpoint(tensors, levels, source)
+
+
+def _renamed(official: str) -> str:
+    words = "|".join(map(re.escape, NAMES))
+    return re.sub(rf"(?<![^.])({words})(?=\.)", lambda match: NAMES[match[1]], official)
+
+
+def _converted(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith(("t_embedder.mlp.0.weight", "micro_embedder.mlp.0.weight")) and tensor.ndim == 2:
+        return tensor.roll(tensor.shape[1] // 2, dims=1)
+    if re.search(r"\.attn\.\d+\.(qkv|proj|ffn\.\d)\.weight$", name) and tensor.shape[2:] == (1, 1):
+        return tensor.flatten(1)
+    return tensor
+
+
+# --------------------------------------------------------------------------------------- which network it is
+
+
+def _levels(tensors: Mapping[str, Tensor], size: int, source: str) -> tuple[LevelConfig, ...]:
+    """The keyword arguments of each level, the smallest first, whose images have sides of `size`."""
+    groups: dict[int, dict[str, Tensor]] = defaultdict(dict)  # by how many other levels are around
+    for name, tensor in tensors.items():
+        own = re.sub(r"^(inner\.)+", "", name)
+        groups[(len(name) - len(own)) // len("inner.")][own] = tensor
+    depths = sorted(groups, reverse=True)
+    levels: list[LevelConfig] = []
+    for depth in depths:
+        sizes = groups[depth]
+        try:
+            level = _level(sizes) | _innermost(sizes, size) if depth == depths[0] else _level(sizes)
+        except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+            raise MezzotintError(
+                f"{source} is not a whole MDM ({error} tells no size of its level {len(levels) + 1}); copy it again"
+            ) from None
+        if depth != depths[0]:
+            size *= 2 ** (len(level["channels"]) - 1)
+            level["normalise_input"] = depth > 0
+        if "micro_embedder.mlp.0.weight" in sizes:
+            level["micro_scale"] = float(size)
+        levels.append(level)
+    return tuple(levels)
+
+
+def _level(own: Mapping[str, Tensor]) -> LevelConfig:
+    """What any level's shapes tell."""
+
+    def count(place: str) -> int:
+        return 1 + max((int(m[1]) for name in own if (m := re.match(rf"{place}\.(\d+)\.", name))), default=-1)
+
+    levels = range(max(1, count("down_blocks")))
+    resblocks = tuple(count(rf"down_blocks\.{i}\.resnets") for i in levels)
+    return {
+        "channels": tuple(len(own[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in levels),
+        "resblocks": resblocks,
+        "attention": tuple(count(rf"down_blocks\.{i}\.attn") // resblocks[i] for i in levels),
+        "feed_forward": any(".ffn." in name for name in own),
+        "time_width": len(own["t_embedder.mlp.0.weight"]),
+    }
+
+
+def _innermost(own: Mapping[str, Tensor], size: int) -> LevelConfig:
+    """What the smallest level's shapes tell besides."""
+    level: LevelConfig = {
+        "input_size": size,
+        "in_channels": own["conv_in.weight"].shape[1],
+        "out_channels": len(own["conv_out.weight"]),
+        "middle": any(name.startswith("mid_blocks.") for name in own),
+    }
+    if "y_embedder.proj.weight" in own:
+        width, features = own["y_embedder.embedder.encoder.weight"].shape
+        level |= {"text_features": features, "text_width": width, "masked_text": False}
+    return level

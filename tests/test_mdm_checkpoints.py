@@ -1,0 +1,269 @@
+"""Files of apple/ml-mdm: read, recognised, refused; against the official networks' numbers."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mezzotint.backbones.nested import MDM_CONFIGS, NestedUNet, pack, unpack
+from mezzotint.backbones.unet import UNet
+from mezzotint.conditions.text import Text
+from mezzotint.errors import MezzotintError
+from mezzotint.interop.mdm import from_mdm, is_mdm, read_mdm
+
+TIME = 1024
+TEXT = 16
+TINY: tuple[dict[str, Any], ...] = (
+    {"channels": (32, 64), "resblocks": (1, 1), "attention": (0, 2), "feed_forward": True, "micro_scale": 4.0},
+    {"channels": (32, 32), "resblocks": (2, 1), "attention": (0, 0), "feed_forward": False, "micro_scale": 8.0},
+    {"channels": (32, 32), "resblocks": (1, 1), "attention": (0, 0), "feed_forward": False, "micro_scale": 16.0},
+)
+
+# What the official networks (ml_mdm/models/unet.py and nested_unet.py, in float64 throughout) put out for the weights
+# of `filled` and the inputs of `inputs`, smallest level first: the norm of each level, then its 8 values `places`.
+OFFICIAL_UNET = """
+    4.8971870866 0.4807930181 -0.4812892428 0.7017245815 0.5305205496
+    -0.9634165802 -0.2458425229 0.1789488271 0.1820340555
+"""
+OFFICIAL_NESTED = """
+    4.8921900142 0.0235358983 0.5641820515 0.2196044021 0.0930546056
+    -0.9808993679 0.5271484947 0.1421289232 0.3185944088
+    10.8032053384 0.5374203022 0.5461496725 -0.1687406238 -0.7276308457
+    -0.1834079484 -0.1926998693 -0.4826807386 -0.3233692454
+    24.3947134359 0.1715456921 -1.0582091599 0.1292619555 0.1734002759
+    0.2111421641 -0.1334431548 -0.1079004590 0.2500243656
+"""
+
+
+def layer(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def block(
+    name: str, inputs: list[int], width: int, attention: int, feed_forward: bool, resample: bool, text: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The official ResNetBlock: `attention` layers in all."""
+    for i, n in enumerate(inputs):
+        resnet = f"{name}.resnets.{i}"
+        yield from layer(f"{resnet}.norm1", n)
+        yield from layer(f"{resnet}.conv1", width, n, 3, 3)
+        yield from layer(f"{resnet}.time_layer", 2 * width, TIME)
+        yield from layer(f"{resnet}.norm2", width)
+        yield from layer(f"{resnet}.conv2", width, width, 3, 3)
+        if n != width:
+            yield from layer(f"{resnet}.conv3", width, n, 1, 1)
+    for i in range(attention):
+        attn = f"{name}.attn.{i}"
+        yield from layer(f"{attn}.norm", width)
+        yield from layer(f"{attn}.qkv", 3 * width, width, 1, 1)
+        yield from layer(f"{attn}.norm_cond", text)
+        yield from layer(f"{attn}.kv_cond", 2 * width, text)
+        yield from layer(f"{attn}.proj_out", width, width, 1, 1)
+        if feed_forward:
+            yield from layer(f"{attn}.ffn.0", width)
+            yield from layer(f"{attn}.ffn.1", 4 * width, width, 1, 1)
+            yield from layer(f"{attn}.ffn.3", width, 4 * width, 1, 1)
+    if resample:
+        yield from layer(f"{name}.resample", width, width, 3, 3)
+
+
+def layout(levels: tuple[Any, ...], text: int = TEXT) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the official network whose levels, smallest first, these are."""
+    *inner, level = levels
+    channels, resblocks = level["channels"], level["resblocks"]
+    last, ffn = len(channels) - 1, level.get("feed_forward", False)
+    attention = level.get("attention", (0,) * (last + 1))
+    for embedding in ("temb_layer{}", "cond_layers.scale.{}"):
+        first = 1 if embedding.startswith("temb") else 0
+        yield from layer(embedding.format(first), TIME, TIME // 4)
+        yield from layer(embedding.format(first + 1), TIME, TIME)
+    yield from layer("conv_in", channels[0], 3, 3, 3)
+    skips, width = [channels[0]], channels[0]
+    for i, n in enumerate(resblocks):
+        widths = [width] + [channels[i]] * (n - 1)
+        yield from block(f"down_blocks.{i}", widths, channels[i], n * attention[i], ffn, i < last, text)
+        width = channels[i]
+        skips += [width] * (n + (i < last))
+    for k, i in enumerate(reversed(range(last + 1))):
+        widths = []
+        for _ in range(resblocks[i] + 1):
+            widths.append(width + skips.pop())
+            width = channels[i]
+        yield from block(f"up_blocks.{k}", widths, width, (resblocks[i] + 1) * attention[i], ffn, i > 0, text)
+    yield from layer("norm_out", channels[0])
+    yield from layer("conv_out", 3, channels[0], 3, 3)
+    if inner:
+        yield from layer("in_adapter", inner[-1]["channels"][0], channels[-1], 3, 3)
+        yield from layer("out_adapter", channels[-1], inner[-1]["channels"][0], 3, 3)
+        yield from ((f"inner_unet.{name}", shape) for name, shape in layout(tuple(inner), text))
+        return
+    yield from block("mid_blocks.0", [channels[-1]], channels[-1], 1, ffn, False, text)
+    yield from block("mid_blocks.1", [channels[-1]], channels[-1], 0, ffn, False, text)
+    yield "cond_emb.weight", (TIME, text)
+    yield from layer("lm_proj", text, text)
+
+
+def filled(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Reproducible weights that depend on nothing but shape and place in the sorted list of names."""
+    tensors = {}
+    for k, name in enumerate(sorted(shapes)):
+        shape = shapes[name]
+        n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+        values = torch.cos(k + n**1.5).view(shape)
+        if len(shape) > 1:
+            values *= 1.5 / torch.Size(shape[1:]).numel() ** 0.5
+        else:
+            values = 0.1 * values + name.endswith("weight")
+        tensors[name] = values.to(dtype)
+    return tensors
+
+
+def inputs(dtype: torch.dtype, levels: int = 3) -> tuple[list[Tensor], Tensor, Text]:
+    """Two examples: levels of 4, 8 and 16 pixels, the network's times, captions of 5 and 3 tokens."""
+    x = [(torch.arange(6.0 * 16 * 4**k, dtype=torch.float64) ** 1.2).sin().view(2, 3, 4 * 2**k, -1) for k in range(3)]
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    features = (1.3 * torch.arange(10.0 * TEXT, dtype=torch.float64)).sin().view(2, 5, TEXT) * mask.unsqueeze(-1)
+    return [level.to(dtype) for level in x[:levels]], torch.tensor([17, 740]).to(dtype), Text(features.to(dtype), mask)
+
+
+def summary(levels: list[Tensor]) -> Tensor:
+    """(levels, 9): the norm of each level and 8 of its values."""
+    rows = []
+    for level in levels:
+        flat = level.double().flatten()
+        places = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long()
+        rows.append(torch.cat([flat.norm().view(1), flat[places]]))
+    return torch.stack(rows)
+
+
+def numbers(text: str) -> Tensor:
+    return torch.tensor([float(value) for value in text.split()], dtype=torch.float64).view(-1, 9)
+
+
+def tensors(levels: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return filled(dict(layout(TINY[:levels])), dtype)
+
+
+PRECISIONS = [(torch.float64, 1e-8), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@torch.no_grad()
+def test_an_official_unet_gives_the_official_output(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    torch.save({"state_dict": tensors(1, dtype)}, tmp_path / "vis_model_4x4.pth")
+    network = read_mdm(tmp_path / "vis_model_4x4.pth", input_size=4).network()
+    assert isinstance(network, UNet)
+    assert not network.training
+    (x,), t, y = inputs(dtype, 1)
+    expected = numbers(OFFICIAL_UNET)
+    assert (summary([network(x, t, y)]) - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@torch.no_grad()
+def test_an_official_nested_network_gives_the_official_outputs(dtype: torch.dtype, tolerance: float) -> None:
+    network = from_mdm(tensors(3, dtype), "file", input_size=4).network()
+    assert isinstance(network, NestedUNet)
+    x, t, y = inputs(dtype)
+    got = summary(unpack(network(pack(x), t, y), network.level_shapes))
+    expected = numbers(OFFICIAL_NESTED)
+    assert ((got - expected).abs() < tolerance * expected[:, :1]).all()
+
+
+def test_sizes_are_read_from_the_shapes() -> None:
+    levels = from_mdm(tensors(3), "file", input_size=4).levels
+    for found, written in zip(levels, TINY, strict=True):
+        assert found | written == found
+        assert found["time_width"] == TIME
+    assert levels[0] | {"input_size": 4, "in_channels": 3, "out_channels": 3, "middle": True} == levels[0]
+    assert levels[0] | {"text_features": TEXT, "text_width": TEXT, "masked_text": False} == levels[0]
+    assert [level.get("normalise_input") for level in levels] == [None, True, False]
+
+
+def test_a_network_without_text_micro_conditioning_or_middle() -> None:
+    absent = ("cond_emb", "lm_proj", "cond_layers", "mid_blocks")
+    shapes = {name: shape for name, shape in layout(TINY[:1]) if not name.startswith(absent) and "_cond" not in name}
+    (level,) = from_mdm(filled(shapes), "file").levels
+    assert not level["middle"]
+    assert not level.keys() & {"text_features", "text_width", "micro_scale"}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("mdm-64", 461_359_107), ("mdm-256", 476_613_958), ("mdm-1024", 480_970_057)]
+)
+def test_published_sizes_are_recognised(name: str, count: int) -> None:
+    shapes = dict(layout(MDM_CONFIGS[name], text=2048))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
+    levels = from_mdm({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, "file").levels
+    for found, published in zip(levels, MDM_CONFIGS[name], strict=True):
+        assert found | published == found
+
+
+def test_names_of_parallel_and_compiled_networks() -> None:
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in tensors(1).items()}
+    assert is_mdm(wrapped)
+    plain, read = from_mdm(tensors(1), "file"), from_mdm(wrapped, "file")
+    assert plain.levels == read.levels
+    assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in plain.tensors.items())
+
+
+class Configuration:
+    """As the training script saves along."""
+
+    def __init__(self) -> None:
+        self.image_size = 64
+
+
+def touch(path: str) -> None:
+    Path(path).touch()
+
+
+class Command:
+    """Would run something if it were unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return touch, (str(self.mark),)
+
+
+def test_what_the_training_script_saves_along_is_not_run(tmp_path: Path) -> None:
+    mark, file = tmp_path / "mark", tmp_path / "vis_model.pth"
+    arguments = argparse.Namespace(lr=1e-4, reader_config=Configuration())
+    torch.save({"state_dict": tensors(1), "args": arguments, "batch_num": 7, "other": Command(mark)}, file)
+    read = read_mdm(file, input_size=4)
+    assert not mark.exists()
+    assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in from_mdm(tensors(1), "").tensors.items())
+    with pytest.raises(pickle.UnpicklingError):  # and the next file is read with the usual care
+        torch.load(file, weights_only=True)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    given = tensors(1)
+
+    def refused(content: Mapping[str, Any], sentence: str) -> None:
+        with pytest.raises(MezzotintError, match=sentence):
+            from_mdm(content, "file")
+
+    refused({"x_embedder.proj.weight": torch.zeros(1)}, r"file is not an MDM: it has 1 entries \(x_embedder\.proj")
+    refused(given | {"step": 3}, "its entry 'step' is no tensor")
+    refused(given | {"lm_head.0.attn.qkv.weight": torch.zeros(1)}, "num_lm_head_layers.*which our networks lack")
+    refused(given | {"down_blocks.1.t_attn.0.attn.norm.bias": torch.zeros(1)}, "official attention over frames")
+    refused(given | {"cond_layers.watermark_score.0.bias": torch.zeros(1)}, "something else than scale")
+    refused({k: v for k, v in given.items() if k != "conv_in.weight"}, "not a whole MDM.*conv_in.weight.*level 1")
+    refused({k: v for k, v in given.items() if k.startswith("temb")}, "not a whole MDM.*down_blocks.0.resnets")
+    refused({k: v for k, v in given.items() if k != "norm_out.bias"}, "do not fit the network: missing norm_out.bias")
+    refused({k: v for k, v in given.items() if "lm_proj" not in k}, "not a whole MDM.*encoder.weight")
+    refused(given | {"temb_layer1.weight": torch.zeros(TIME, 64)}, r"t_embedder\.mlp\.0\.weight has shape \(1024, 64\)")
+    (tmp_path / "cut.pth").write_bytes(b"PK")
+    with pytest.raises(MezzotintError, match="not a whole PyTorch file"):
+        read_mdm(tmp_path / "cut.pth")
