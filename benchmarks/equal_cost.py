@@ -2,8 +2,8 @@
 
 A study is a data set, a budget in training multiply-adds, and cells, each a recipe with overrides. A cell gets as many
 steps as the budget pays for, and its runs and scores are kept below --out, so that the same command goes on where it
-was stopped. Scores are `mezzotint evaluate`'s, of 1,000 samples against held-out images in the features of the data set's
-own classifier.
+was stopped. Scores are `mezzotint evaluate`'s, of 1,000 samples against held-out images in the features of the data
+set's own classifier.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ CLOSE: dict[str, float] = {"rtol": 1e-7, "atol": 1e-8}
 
 def test_draw() -> None:
     """Shapes and laws of a batch's random numbers, repeatable from the generator's seed."""
-    made = objective(Denoiser(Recorder(10), PATHS["linear"]), label_dropout=0.25)
+    made = objective(Denoiser(Recorder(10), PATHS["linear"]), condition_dropout=0.25)
     draw = made.draw(4000, torch.Generator().manual_seed(0))
     assert (draw.t.shape, draw.eps.shape, draw.drop.shape) == ((4000,), (4000, 1, 1, 2), (4000,))
     assert draw.drop.float().mean().item() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 4000))
@@ -165,12 +165,12 @@ def test_dropped_labels_become_the_null_class() -> None:
     objective(Denoiser(network, PATHS["linear"]))(x, y, draw)
     assert network.labels is not None
     assert network.labels.tolist() == [10, 3, 10, 5]
-    assert objective(Denoiser(network, PATHS["linear"]), label_dropout=1.0).draw(50, torch.Generator()).drop.all()
+    assert objective(Denoiser(network, PATHS["linear"]), condition_dropout=1.0).draw(50, torch.Generator()).drop.all()
 
 
 def test_unconditional_models_have_no_labels_to_drop() -> None:
     network = Recorder(0)
-    made = objective(Denoiser(network, PATHS["linear"]), label_dropout=1.0)
+    made = objective(Denoiser(network, PATHS["linear"]), condition_dropout=1.0)
     draw = made.draw(4, torch.Generator())
     assert not draw.drop.any()
     made(torch.zeros(4, 1, 1, 2), None, draw)

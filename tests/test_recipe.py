@@ -30,7 +30,7 @@ def test_published_hyper_parameters(name: str) -> None:
     assert (training.batch_size, training.lr, training.lr_schedule) == (256, 1e-4, "constant")
     assert (training.weight_decay, training.warmup_steps, training.ema, training.ema_warmup) == (0, 0, (0.9999,), False)
     assert recipe.data.flip
-    assert recipe.objective.label_dropout == 0.1
+    assert recipe.objective.condition_dropout == 0.1
     assert recipe.backbone.num_classes == 1000
     size = int(name.rsplit("-", 1)[1])
     assert recipe.data.size == size

@@ -24,7 +24,7 @@ from mezzotint.errors import MezzotintError
 
 DESIGNS = [
     *((DiT, design) for design in ("adaln-zero", "adaln", "cross-attention", "in-context")),
-    *((DiffuSSM, design) for design in ("adaln", "cross-attention", "in-context")),
+    *((DiffuSSM, design) for design in ("adaln-zero", "cross-attention", "in-context")),
 ]
 WORDS = ("a red heart", "", "Größe 10 🚲")
 FEATURES = 6
@@ -186,8 +186,8 @@ def test_captions_reach_the_output_and_padding_does_not(kind: Any, conditioning:
 @pytest.mark.parametrize("kind", [DiT, DiffuSSM])
 def test_pooled_captions_are_as_a_class(kind: Any) -> None:
     """With adaptive normalisation, a caption is the vector that a label table holds: the mean of projected features."""
-    model, (x, t), y = network(kind, "adaln"), inputs(), captions()
-    classes = network(kind, "adaln", None, num_classes=3)
+    model, (x, t), y = network(kind, "adaln-zero"), inputs(), captions()
+    classes = network(kind, "adaln-zero", None, num_classes=3)
     state = {name: value for name, value in model.state_dict().items() if "y_embedder" not in name}
     projected = F.linear(y.tokens, model.y_embedder.encoder.weight, model.y_embedder.encoder.bias)
     means = [row[mask].mean(0) for row, mask in zip(projected, y.mask, strict=True)]
@@ -289,16 +289,16 @@ def test_cross_attention_is_added_to_diffussm_and_nothing_at_first() -> None:
     ("make", "message"),
     [
         (lambda: network(DiT, "adaln", num_classes=3), "either class labels or captions, but has 3 classes and text_"),
-        (lambda: network(DiffuSSM, "adaln", num_classes=3), "either class labels or captions"),
+        (lambda: network(DiffuSSM, "adaln-zero", num_classes=3), "either class labels or captions"),
         (lambda: network(DiffuSSM, "in-context", None), "conditioning in-context needs captions; set text_features"),
-        (lambda: network(DiffuSSM, "adaln-zero"), "conditioning 'adaln-zero' is unknown; closest: adaln"),
+        (lambda: network(DiffuSSM, "adaln"), "conditioning 'adaln' is unknown; closest: adaln-zero"),
         (lambda: network(DiT, "adaln")(*inputs()), "captions are missing; pass y, a Text"),
         (lambda: network(DiT, "adaln")(*inputs(), torch.arange(3)), "y is no Text, but the network was built for capt"),
         (lambda: network(DiT, "adaln")(*inputs(), captions(0)), "captions are bytes, but .* for features of width 6"),
         (lambda: network(DiT, "adaln", 0)(*inputs(), captions()), "captions are features of width 6, but .* for bytes"),
         (lambda: network(DiT, "adaln", 5)(*inputs(), captions()), "features of width 6, but .* features of width 5"),
         (
-            lambda: network(DiffuSSM, "adaln", None, num_classes=3)(*inputs(), captions()),
+            lambda: network(DiffuSSM, "adaln-zero", None, num_classes=3)(*inputs(), captions()),
             "y is captions, but the network was built for class labels",
         ),
     ],
@@ -310,7 +310,7 @@ def test_the_wrong_kind_fails(make: Callable[[], Any], message: str) -> None:
 
 def test_without_captions_nothing_is_added() -> None:
     for kind in (DiT, DiffuSSM):
-        names = network(kind, "adaln", None, num_classes=3).state_dict()
+        names = network(kind, "adaln-zero", None, num_classes=3).state_dict()
         assert not any("cross" in name or "encoder" in name for name in names)
     assert not any(isinstance(m, TextEmbedding) for m in network(DiT, "cross-attention", None).modules())
 

@@ -19,7 +19,7 @@ from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, write_text
 from mezzotint.images import adm_pixels
-from mezzotint.pipeline import Pipeline, choose_labels, sample_batches, tensors_digest
+from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches, tensors_digest
 from mezzotint.progress import console
 
 POLL_SECONDS = 1.0
@@ -31,6 +31,8 @@ def sample_to_npz(
     classes: Sequence[int | str] | None = None,
     count: int = 50_000,
     *,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str = "",
     seed: int = 0,
     batch_size: int = 256,
     rank: int = 0,
@@ -48,8 +50,8 @@ def sample_to_npz(
     path = Path(path)
     if count < 1:
         raise MezzotintError(f"count must be at least 1, got {count}")
-    labels = choose_labels(pipeline, classes, count)
-    plan = _plan(pipeline, None if labels is None else labels.tolist(), count, seed)
+    labels = choose_labels(pipeline, classes, count, prompts)
+    plan = _plan(pipeline, listed(labels), negative_prompt, count, seed)
     note, parts = path.with_name(path.name + ".json"), path.with_name(path.name + ".parts")
 
     def finished() -> bool:
@@ -64,7 +66,17 @@ def sample_to_npz(
         part = parts / f"{start:09d}.npy"
         if part.is_file() or finished():
             continue
-        drawn = list(sample_batches(pipeline, labels, indices, seed=seed, batch_size=batch_size, progress=progress))
+        drawn = list(
+            sample_batches(
+                pipeline,
+                labels,
+                indices,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        )
         with atomic_path(part) as temporary, open(temporary, "wb") as file:
             np.save(file, adm_pixels(torch.cat(drawn)))
         if progress:
@@ -73,18 +85,21 @@ def sample_to_npz(
         files = [parts / f"{start:09d}.npy" for start in starts]
         while not all(file.is_file() for file in files):  # other processes are still at it
             time.sleep(POLL_SECONDS)
-        _join(files, None if labels is None else labels.numpy(), count, path)
+        _join(files, labels.numpy() if isinstance(labels, torch.Tensor) else None, count, path)
         write_text(note, json.dumps(plan, indent=2) + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     return path
 
 
-def _plan(pipeline: Pipeline, labels: list[int] | None, count: int, seed: int) -> dict[str, Any]:
+def _plan(
+    pipeline: Pipeline, labels: list[int] | list[str] | None, negative_prompt: str, count: int, seed: int
+) -> dict[str, Any]:
     """What the images are a function of, as JSON holds it."""
     recipe = pipeline.recipe.model_dump(mode="json", exclude={"training", "data", "objective", "description"})
     return {
         "count": count,
         "seed": seed,
+        "negative_prompt": negative_prompt,
         "labels": None if labels is None else hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16],
         "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),
         "recipe": json.loads(json.dumps(recipe)),

@@ -125,11 +125,12 @@ class Denoiser(nn.Module):
     @property
     def in_shape(self) -> tuple[int, ...]:
         """Of one example: (C, H, W), (F, C, H, W) of a clip, or (N,) of a packed pyramid."""
-        shape = getattr(self.backbone, "in_shape", None)
-        if shape is not None:
-            return cast("tuple[int, ...]", shape)
-        height, width = cast("tuple[int, int]", self.backbone.input_size)
-        return cast(int, self.backbone.in_channels), height, width
+        return in_shape(self.backbone)
+
+    @property
+    def level_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one example's levels, smallest first; of what is no pyramid: `in_shape` alone."""
+        return cast("tuple[tuple[int, ...], ...]", getattr(self.backbone, "level_shapes", (self.in_shape,)))
 
     def time_range(self, *to: Target, eps: float = 1e-3) -> tuple[float, float]:
         """The range of t on which the prediction converts to all of `to`; eps is the margin at a singular end."""
@@ -183,3 +184,11 @@ class Denoiser(nn.Module):
             output, second_half = output.chunk(2, dim=1)
             variance = second_half if self.learned_variance else None
         return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance)
+
+
+def in_shape(backbone: nn.Module) -> tuple[int, ...]:
+    """The shape of one example of a backbone's input: (C, H, W), (F, C, H, W) of a clip, (N,) of a packed pyramid."""
+    shape = getattr(backbone, "in_shape", None)
+    if shape is None:
+        shape = (backbone.in_channels, *cast("tuple[int, int]", backbone.input_size))
+    return cast("tuple[int, ...]", shape)

@@ -1,15 +1,26 @@
-"""Images out: grids, single PNGs, animations and ADM's .npz."""
+"""Images out: grids, single PNGs, animations, videos and ADM's .npz."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mezzotint.data.transforms import to_uint8
+from mezzotint.data.video import pyav
+from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path
+
+FRAME_RATES = {".gif": (0.1, 50), ".mp4": (0.1, 1000)}
+"""Least and greatest. A GIF counts in hundredths of a second, and viewers slow down what is shown for one."""
 
 
 def grid_image(images: Tensor, columns: int, *, min_side: int = 48) -> Image.Image:
@@ -26,6 +37,16 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 10) -> None:
     """Write `grid_image` as a PNG."""
     with atomic_path(path) as temporary:
         grid_image(images, columns).save(temporary, format="PNG")
+
+
+def save_pyramid_grid(levels: Sequence[Tensor], path: str | Path, columns: int = 1) -> None:
+    """Write the levels of a pyramid, each (N, C, h, w) in [-1, 1], as a PNG with all levels of an image side by side.
+
+    Smaller ones are enlarged, unsmoothed, to the last one's size. `columns`: images in a row.
+    """
+    largest = levels[-1].shape[-2:]
+    enlarged = [interpolate(level.float(), largest, mode="nearest-exact") for level in levels]
+    save_grid(torch.stack(enlarged, dim=1).flatten(0, 1), path, columns * len(levels))
 
 
 def save_pngs(images: Tensor, folder: str | Path, *, first: int = 0) -> None:
@@ -52,6 +73,47 @@ def save_npz(images: Tensor, labels: Tensor | None, path: str | Path) -> None:
 def save_animation(trajectory: Tensor, path: str | Path, columns: int = 10, *, milliseconds: int = 80) -> None:
     """Write states (S, N, C, H, W) in [-1, 1] as a GIF of S grids, holding the last one for a second."""
     frames = [grid_image(state, columns) for state in trajectory]
-    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    _save_gif(frames, [milliseconds] * (len(frames) - 1) + [1000], path)
+
+
+def save_video(clips: Tensor, path: str | Path, fps: float = 8, *, columns: int | None = None) -> None:
+    """Write a clip (F, C, H, W) in [-1, 1], or a grid of clips (N, F, C, H, W), as GIF or MP4, by the suffix of `path`.
+
+    MP4 is H.264 where PyAV has it, else MPEG-4, and repeats the last row and column of odd sizes. Raises
+    `MezzotintError` for another suffix, for MP4 without PyAV, and for a rate outside `FRAME_RATES`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FRAME_RATES:
+        raise MezzotintError(f"videos are written as .gif or .mp4, not {Path(path).name}; change the suffix")
+    slowest, fastest = FRAME_RATES[suffix]
+    if not slowest <= fps <= fastest:
+        raise MezzotintError(f"{suffix} shows {slowest} to {fastest} frames per second, not {fps}; change fps")
+    if clips.ndim == 4:
+        frames = [Image.fromarray(pixels) for pixels in adm_pixels(clips)]
+    else:
+        columns = columns or math.ceil(math.sqrt(len(clips)))
+        frames = [grid_image(state, columns) for state in clips.transpose(0, 1)]
+    if suffix == ".mp4":
+        _save_mp4(frames, Fraction(fps).limit_denominator(1000), path)
+    else:
+        ends = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # so that rounding does not add up
+        _save_gif(frames, [end - start for start, end in pairwise(ends)], path)
+
+
+def _save_gif(frames: Sequence[Image.Image], milliseconds: list[int], path: str | Path) -> None:
     with atomic_path(path) as temporary:
-        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def _save_mp4(frames: Sequence[Image.Image], fps: Fraction, path: str | Path) -> None:
+    av = pyav("MP4 files")
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    odd = frames[0].height % 2, frames[0].width % 2  # of two by two pixels one colour is kept
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=fps, options={"crf": "18"} if codec == "libx264" else {"qscale": "2"})
+        stream.height, stream.width = frames[0].height + odd[0], frames[0].width + odd[1]
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            pixels = np.pad(np.asarray(picture), ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mezzotint.conditions import Condition, Text
+from mezzotint.conditions.text import replaced
 from mezzotint.denoiser import Denoiser, Prediction
 from mezzotint.interpolants import transition
 from mezzotint.targets import true_value
@@ -15,18 +18,20 @@ from mezzotint.weightings import TimeDistribution, Weighting
 
 
 class Draw(NamedTuple):
-    """One training batch's random numbers: t (B,), eps (B, C, H, W), drop (B,) bool (labels to replace by null)."""
+    """One training batch's random numbers: t (B,), eps (B, *in_shape), drop (B,) bool (conditions to leave out)."""
 
     t: Tensor
     eps: Tensor
     drop: Tensor
 
-    def rows(self, which: slice) -> Draw:
+    def rows(self, which: slice | Tensor) -> Draw:
         return Draw(self.t[which], self.eps[which], self.drop[which])
 
 
 class Objective(nn.Module):
     """Weighted denoising loss, w(t)·‖prediction − target‖², plus DiT's variational bound for a learned variance.
+
+    Of a packed pyramid it is the sum over levels of each level's own mean, times its weight (MDM, section 3.2).
 
     A module, so that data parallelism can wrap it: it owns the denoiser and its forward is one training loss.
     """
@@ -37,45 +42,94 @@ class Objective(nn.Module):
         *,
         weighting: Weighting,
         times: TimeDistribution,
-        label_dropout: float = 0.1,
+        condition_dropout: float = 0.1,
+        null: Text | None = None,
         stratified: bool = False,
         vlb_weight: float = 1.0,
+        level_weights: Sequence[float] = (),
+        level_shares: Sequence[float] = (),
     ) -> None:
-        """label_dropout: share of labels replaced by the null class; vlb_weight: factor on the bound (1: as DiT)."""
+        """condition_dropout: share of labels replaced by the null class, of captions by `null`, the empty one.
+
+        vlb_weight: factor on the bound (1: as DiT). level_weights, level_shares: of a pyramid's levels, smallest first;
+        of a prefix of them to train these alone. A share is that of the examples which have this level and all smaller
+        ones (the first: 1); the others are not computed there, and the level's loss is the mean over those that are.
+        Empty: 1 for all.
+        """
         super().__init__()
         self.denoiser = denoiser
         self.weighting = weighting
         self.times = times
-        self.label_dropout = label_dropout if denoiser.num_classes else 0.0
+        self.null = null
+        self.condition_dropout = condition_dropout if denoiser.num_classes or denoiser.text else 0.0
         self.stratified = stratified
         self.vlb_weight = vlb_weight
+        self.sizes = [math.prod(shape) for shape in denoiser.level_shapes]
+        self.level_weights = tuple(level_weights) or (1.0,) * len(self.sizes)
+        self.level_shares = tuple(level_shares) or (1.0,) * len(self.level_weights)
+        self.sizes = self.sizes[: len(self.level_weights)]
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draw:
         """The random numbers for a batch of this size, on the generator's device."""
-        device = generator.device
+        device, shape = generator.device, self.denoiser.in_shape
         t = self.times.sample(batch_size, generator, stratified=self.stratified)
-        eps = torch.randn((batch_size, *self.denoiser.in_shape), generator=generator, device=device)
-        drop = torch.rand(batch_size, generator=generator, device=device) < self.label_dropout
+        eps = torch.randn((batch_size, *shape), generator=generator, device=device)
+        drop = torch.rand(batch_size, generator=generator, device=device) < self.condition_dropout
         return Draw(t, eps, drop)
 
-    def forward(self, x: Tensor, y: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, y: Condition | None, draw: Draw) -> dict[str, Tensor]:
         """Losses per example, each (B,): ``loss`` to minimise, ``mse`` unweighted on the target, ``vlb`` if learned.
 
-        x (B, C, H, W) clean data; y (B,) int64 labels, or None.
+        x (B, *in_shape) clean data; y B labels int64 or captions, or None.
         """
-        denoiser, (t, eps, drop) = self.denoiser, draw
-        if y is not None and denoiser.num_classes:
-            y = torch.where(drop, denoiser.num_classes, y)
+        if isinstance(y, Text):
+            assert self.null is not None, "captions need the null caption"
+            y = replaced(y, draw.drop, self.null)
+        elif y is not None and self.denoiser.num_classes:
+            y = torch.where(draw.drop, self.denoiser.num_classes, y)
+        groups = self._groups(len(x))
+        if len(groups) == 1:
+            return self._losses(x, y, draw, groups[0][1])
+        parts = []
+        for rows, weights in groups:
+            chosen = rows.to(x.device)
+            parts.append(self._losses(x[chosen], None if y is None else y[chosen], draw.rows(chosen), weights))
+        back = torch.cat([rows for rows, _ in groups]).argsort().to(x.device)
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def _groups(self, batch: int) -> list[tuple[Tensor, list[float]]]:
+        """Examples that have the same levels, spread evenly over any part of a batch, and the weights of these."""
+        levels = torch.zeros(batch, dtype=torch.int64)
+        index = torch.arange(batch, dtype=torch.float64)
+        for share in self.level_shares:
+            levels += torch.ceil((index + 1) * share - 1e-6) > torch.ceil(index * share - 1e-6)
+        weights = [weight / share for weight, share in zip(self.level_weights, self.level_shares, strict=True)]
+        found = [((levels == k).nonzero().flatten(), weights[:k]) for k in range(1, len(weights) + 1)]
+        return [(rows, kept) for rows, kept in found if len(rows)]
+
+    def _losses(self, x: Tensor, y: Condition | None, draw: Draw, weights: Sequence[float]) -> dict[str, Tensor]:
+        """`forward` for examples that have as many levels as there are weights."""
+        denoiser, (t, eps, _) = self.denoiser, draw
+        sizes = self.sizes[: len(weights)]
+        if len(denoiser.level_shapes) > 1:
+            x, eps = x[:, : sum(sizes)], eps[:, : sum(sizes)]
         c = denoiser.interpolant.coefficients(t, x)
         x_t = c.alpha * x + c.sigma * eps
         prediction = denoiser(x_t, t, y)
         squared = (prediction.output - true_value(denoiser.target, x, eps, c)).square()
-        losses = {"mse": squared.flatten(1).mean(1)}
-        losses["loss"] = (self.weighting.on(denoiser.target, c) * squared).flatten(1).mean(1)
+        mse = _level_means(squared, sizes)
+        weighted = _level_means(self.weighting.on(denoiser.target, c) * squared, sizes)
+        losses = {"mse": torch.stack(mse).mean(0)}
+        losses["loss"] = torch.stack([w * mean for w, mean in zip(weights, weighted, strict=True)]).sum(0)
         if denoiser.learned_variance:
             losses["vlb"] = variational_bound(denoiser, prediction, x, t)
             losses["loss"] = losses["loss"] + self.vlb_weight * losses["vlb"]
         return losses
+
+
+def _level_means(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The mean of each example's levels, each (B,); of what is no pyramid: of all of it."""
+    return [part.mean(1) for part in values.flatten(1).split(list(sizes), dim=1)]
 
 
 def variational_bound(denoiser: Denoiser, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,29 +15,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mezzotint.backbones import DiffuSSM, DiT
+from mezzotint import interpolants
+from mezzotint.backbones import DiffuSSM, DiT, NestedUNet, UNet
 from mezzotint.conditions.classes import class_labels, parse_classes
+from mezzotint.conditions.encoders import TextEncoder
+from mezzotint.conditions.text import Bytes, Captioner, Text
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, save_tensors
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
-from mezzotint.recipe import NETWORK_OPTIONS, Recipe, load_recipe
-from mezzotint.representations import Representation, representation
+from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.representations import Pyramid, Representation, representation
 from mezzotint.samplers import Sampler, example_generators, randn
 
-BACKBONES: dict[str, type[nn.Module]] = {"dit": DiT, "diffussm": DiffuSSM}
+BACKBONES: dict[str, type[nn.Module]] = {"dit": DiT, "diffussm": DiffuSSM, "unet": UNet}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Pipeline:
-    """A denoiser with its recipe, its representation (read when first used) and its classes' names."""
+    """A denoiser with its recipe, its representation and text encoder (read when first used) and what it can be asked.
+
+    class_names: of its classes; prompts: of one that is asked by captions, some that it was trained with.
+    """
 
     recipe: Recipe
     denoiser: Denoiser
     class_names: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -57,30 +65,68 @@ class Pipeline:
 
     @cached_property
     def representation(self) -> Representation:
-        return representation(**self.recipe.representation.model_dump(), device=self.device)
+        made = representation(**self.recipe.representation.model_dump(), device=self.device)
+        shapes = self.denoiser.level_shapes
+        return made if len(shapes) == 1 else Pyramid(made, shapes)
+
+    @cached_property
+    def captioner(self) -> Captioner:
+        """What captions are read with."""
+        return captioner(self.recipe, self.device)
+
+    @cached_property
+    def no_caption(self) -> Text:
+        """The empty caption, which stands for none."""
+        return self.captioner.encode([""])
+
+
+def captioner(recipe: Recipe, device: torch.device | str = "cpu") -> Captioner:
+    """What the recipe's captions are read with. Raises `MezzotintError` as `TextEncoder` does."""
+    settings = recipe.condition
+    if settings.encoder == "bytes":
+        return Bytes(settings.max_tokens, device)
+    return TextEncoder(settings.encoder, max_tokens=settings.max_tokens, precision=settings.precision, device=device)
 
 
 def build_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's network with freshly initialised weights, on the current default device."""
     settings, (channels, height, width) = recipe.backbone, recipe.latent_shape
     shape: dict[str, Any] = {
-        "input_size": (height, width),
-        "patch_size": settings.patch_size,
+        "input_size": (height // settings.enlargement, width // settings.enlargement),
         "in_channels": channels,
         "out_channels": channels if recipe.variance == "none" else 2 * channels,
-        "width": settings.width,
-        "depth": settings.depth,
         "num_classes": settings.num_classes or 0,
+        "text_features": settings.text_features,
     }
-    return BACKBONES[settings.name](**shape, **settings.model_dump(include=set(NETWORK_OPTIONS[settings.name])))
+    frames = recipe.data.frames // math.prod(level.frame_ratio for level in settings.outer)
+    if settings.name == "unet":
+        shape["frames"] = frames
+    network = BACKBONES[settings.name](**shape, **settings.options())
+    for level in settings.outer:
+        frames *= level.frame_ratio
+        options = level.model_dump(exclude={"frame_ratio"})
+        if settings.name != "unet":  # another network's reading of captions is not shared
+            options["text_width"] = settings.text_width
+        network = NestedUNet(
+            network, frames=frames, **options | {"temporal_attention": level.temporal_attention or False}
+        )
+    return network
 
 
 def build_denoiser(recipe: Recipe, backbone: nn.Module | None = None) -> Denoiser:
     """The recipe's denoiser around `backbone`, or around one with freshly initialised weights."""
     settings = recipe.interpolant.model_dump()
+    power = settings.pop("snr_power")
+    backbone = build_backbone(recipe) if backbone is None else backbone
+    path = interpolant(settings.pop("name"), **settings)
+    shapes = getattr(backbone, "level_shapes", ())
+    if len(shapes) > 1:
+        path = interpolants.Pyramid(
+            path, [math.prod(shape) for shape in shapes], [shape[-1] for shape in shapes], power
+        )
     return Denoiser(
-        build_backbone(recipe) if backbone is None else backbone,
-        interpolant(settings.pop("name"), **settings),
+        backbone,
+        path,
         recipe.target,
         learned_variance=recipe.variance == "learned",
         time_input=recipe.time_input,
@@ -113,6 +159,7 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
     tensors, metadata = read_tensors(file)
     load_tensors(pipeline.denoiser.backbone, tensors, str(file))
     pipeline.class_names = tuple(json.loads(metadata.get("class_names", "[]")))
+    pipeline.prompts = tuple(json.loads(metadata.get("prompts", "[]")))
     pipeline.denoiser.to(device)
     return pipeline
 
@@ -159,8 +206,26 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     module.load_state_dict(tensors)
 
 
-def choose_labels(pipeline: Pipeline, classes: Sequence[int | str] | None, count: int) -> Tensor | None:
-    """Labels (count,) spread evenly over `classes` (None: all of the model's), or None for an unconditional model."""
+def choose_labels(
+    pipeline: Pipeline, classes: Sequence[int | str] | None, count: int, prompts: Sequence[str] | None = None
+) -> Tensor | list[str] | None:
+    """What `count` images are asked to be: `classes` or `prompts`, evenly and in order. None: unconditional.
+
+    Neither given: all classes of the model, or the captions that it remembers. A tensor of labels, or a list of
+    captions. Raises `MezzotintError` where the model is not asked that way.
+    """
+    if pipeline.denoiser.text:
+        if classes is not None:
+            raise MezzotintError("this model is asked by captions, not by classes; give prompts")
+        prompts = pipeline.prompts if prompts is None else prompts
+        if not prompts:
+            raise MezzotintError("this model is asked by captions and remembers none; give prompts")
+        return [prompts[i * len(prompts) // count] for i in range(count)]
+    if prompts is not None:
+        raise MezzotintError(
+            "this model is not asked by captions; "
+            + ("give classes instead of prompts" if pipeline.denoiser.num_classes else "leave prompts out")
+        )
     if not pipeline.denoiser.num_classes and classes is None:
         return None
     everything = range(pipeline.denoiser.num_classes)
@@ -174,6 +239,8 @@ def sample(
     classes: Sequence[int | str] | None = None,
     count: int = 16,
     *,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str = "",
     guidance: float | Guidance | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -183,17 +250,19 @@ def sample(
 ) -> Tensor:
     """Draw `count` images, float32 (count, C, H, W) in [-1, 1] on the CPU; (states, count, C, H, W) with `trajectory`.
 
-    classes: numbers or names that the images are spread over evenly and in order (None: all). guidance: a scale, or a
-    `Guidance`; None and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are taken from the recipe.
-    Image i depends on (seed, i) and its class alone, whatever the batch size.
+    Of clips, (count, F, C, H, W). classes: numbers or names that the images are spread over evenly and in order (None:
+    all); prompts: captions, likewise (None: some that it was trained with). negative_prompt: what guidance leads away
+    from. guidance: a scale, or a `Guidance`; None and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are
+    taken from the recipe. Image i depends on (seed, i) and its condition alone, whatever the batch size.
     Raises `MezzotintError` for an unknown class or option, or a combination that means nothing.
     """
     if count < 1:
         raise MezzotintError(f"count must be at least 1, got {count}")
     batches = sample_batches(
         pipeline,
-        choose_labels(pipeline, classes, count),
+        choose_labels(pipeline, classes, count, prompts),
         range(count),
+        negative_prompt=negative_prompt,
         guidance=guidance,
         seed=seed,
         batch_size=batch_size,
@@ -204,23 +273,64 @@ def sample(
     return torch.cat(list(batches), dim=1 if trajectory else 0)
 
 
-@torch.no_grad()
 def sample_batches(
     pipeline: Pipeline,
-    labels: Tensor | None,
+    labels: Tensor | Sequence[str] | None,
     indices: Sequence[int],
     *,
+    trajectory: bool = False,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """The images number `indices` of `sample`, up to `batch_size` at a time; image i is of labels[i], class or caption.
+
+    Raises `MezzotintError` as `sample` does.
+    """
+
+    def decode(x: Tensor) -> Tensor:
+        return pipeline.representation.decode(x).float().cpu()
+
+    for states in state_batches(pipeline, labels, indices, trajectory=trajectory, **options):
+        yield torch.stack([decode(x) for x in states]) if trajectory else decode(states[-1])
+
+
+def conditional_model(
+    pipeline: Pipeline,
+    labels: Tensor | Sequence[str] | None,
+    indices: Sequence[int],
+    guidance: Guidance,
+    negative_prompt: str = "",
+) -> ConditionalModel:
+    """The denoiser asked for the images number `indices` of those that `choose_labels` gave."""
+    denoiser = pipeline.denoiser
+    if isinstance(labels, Tensor) or labels is None:
+        return ConditionalModel(
+            denoiser, None if labels is None else labels[list(indices)].to(pipeline.device), guidance
+        )
+    read = pipeline.captioner.encode
+    null = read([negative_prompt], cached=False) if negative_prompt else pipeline.no_caption
+    return ConditionalModel(denoiser, read([labels[i] for i in indices], cached=False), guidance, null)
+
+
+def listed(labels: Tensor | Sequence[str] | None) -> list[int] | list[str] | None:
+    """What `choose_labels` gave, as JSON holds it."""
+    return labels.tolist() if isinstance(labels, Tensor) else None if labels is None else list(labels)
+
+
+@torch.no_grad()
+def state_batches(
+    pipeline: Pipeline,
+    labels: Tensor | Sequence[str] | None,
+    indices: Sequence[int],
+    *,
+    negative_prompt: str = "",
     guidance: float | Guidance | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
     trajectory: bool = False,
     **options: Any,
-) -> Iterator[Tensor]:
-    """The images number `indices` of `sample`, up to `batch_size` at a time; image i is of class labels[i].
-
-    Raises `MezzotintError` as `sample` does.
-    """
+) -> Iterator[list[Tensor]]:
+    """`sample_batches` before decoding: a list of each batch's states, the last one or, with `trajectory`, all."""
     if batch_size < 1:
         raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
@@ -229,10 +339,11 @@ def sample_batches(
         guidance = recipe.guidance
     elif not isinstance(guidance, Guidance):
         guidance = Guidance.parse(recipe.guidance.model_dump() | {"scale": guidance})
+    if negative_prompt and not denoiser.text:
+        raise MezzotintError("a negative prompt means nothing for a model that is not asked by captions; leave it out")
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
-        y = None if labels is None else labels[list(chosen)].to(pipeline.device)
-        model = ConditionalModel(denoiser, y, guidance)
+        model = conditional_model(pipeline, labels, chosen, guidance, negative_prompt)
         generators = example_generators(seed, chosen)
         x = denoiser.interpolant.prior_std * randn(
             (len(chosen), *denoiser.in_shape), generators, device=pipeline.device
@@ -240,12 +351,7 @@ def sample_batches(
         model.expect(sampler.times(model))
         steps = sampler.path(model, x, generators)
         label = f"sampling {start + len(chosen)}/{len(indices)}"
-        states = [x] if trajectory else []
+        states = [x]
         for x in track(steps, label, total=sampler.steps, enabled=progress):
-            if trajectory:
-                states.append(x)
-        yield torch.stack([_decode(pipeline, state) for state in states]) if trajectory else _decode(pipeline, x)
-
-
-def _decode(pipeline: Pipeline, x: Tensor) -> Tensor:
-    return pipeline.representation.decode(x).float().cpu()
+            states = [*states, x] if trajectory else [x]
+        yield states

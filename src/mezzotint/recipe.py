@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from mezzotint import data
-from mezzotint.backbones import DIFFUSSM_CONFIGS, DIT_CONFIGS
+from mezzotint.backbones import DIFFUSSM_CONFIGS, DIT_CONFIGS, MDM_CONFIGS
 from mezzotint.backbones.diffussm import Scan
+from mezzotint.backbones.nested import LevelConfig
 from mezzotint.backbones.s4d import Discretisation, Initialisation
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
@@ -27,7 +29,8 @@ class DataSettings(Settings):
     """What the model is trained on."""
 
     name: str = "digits"
-    """digits, idx, folder, huggingface or latents; `data=folder:PATH` sets name and path at once."""
+    """digits, idx, folder, captions, webdataset, huggingface, emoji, moving-digits, video or latents;
+    `data=folder:PATH` sets name and path at once."""
     path: str | None = None
     """Folder, or Hugging Face hub name; latents: a folder that 'mezzotint encode' wrote. None: the data set's own
     default place, where it has one."""
@@ -45,10 +48,23 @@ class DataSettings(Settings):
     """How many unreadable images are replaced, with a warning each, before the run stops."""
     streaming: bool = False
     """huggingface: read the data set as a stream, without downloading it first."""
+    shuffle_buffer: int = Field(1000, ge=1)
+    """huggingface (streaming), webdataset: examples among which the next one is drawn."""
     image_column: str | None = None
     """huggingface: the column of images. None: found by its type."""
     label_column: str | None = None
     """huggingface: the column of labels. None: found by its type."""
+    caption_column: str | None = None
+    """captions, webdataset, video: the key of captions, text, caption or captions where not given; huggingface: their
+    column."""
+    frames: int = Field(0, ge=0)
+    """moving-digits, video: frames of a clip. 0: images."""
+    frame_stride: int | None = Field(None, ge=1)
+    """video: take consecutive frames, so many apart. None: spread over the whole video."""
+    objects: int = Field(1, ge=1)
+    """moving-digits: digits in a clip, of one class."""
+    examples: int = Field(10_000, ge=1)
+    """moving-digits: number of clips."""
     workers: int = Field(0, ge=0)
     """Processes that decode images, or threads that read latents, beside the training process; 0 does so in it."""
 
@@ -93,24 +109,53 @@ class RepresentationSettings(Settings):
     """kl: take large images through the autoencoder in overlapping tiles: less memory, and slightly other images."""
 
 
+class OuterLevel(Settings):
+    """One larger level of a Matryoshka network: a UNet around all that is inside (MDM, section 3.2)."""
+
+    channels: tuple[int, ...] = Field(min_length=2)
+    """Widths, the new resolution first; each has half the sides of the one before, the last one those of the inside."""
+    resblocks: tuple[int, ...] = Field(min_length=2)
+    """ResNet blocks at each width."""
+    attention: tuple[int, ...] = ()
+    """Attention layers after each ResNet block, at each width; empty: none."""
+    feed_forward: bool = False
+    """Whether attention layers have a feed-forward part."""
+    heads: int = Field(8, ge=1)
+    """Attention heads."""
+    time_width: int | None = Field(None, ge=1)
+    """Width of the embedding of time. None: the inside's."""
+    groups: int = Field(32, ge=1)
+    """Groups of the GroupNorms."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout inside of ResNet blocks."""
+    micro_scale: float | None = Field(None, gt=0)
+    """Micro conditioning: the side of an image that was not enlarged. None: the level is not told."""
+    normalise_input: bool = False
+    """Divide the level's input by its standard deviation (the published 1024 network, middle level)."""
+    frame_ratio: int = Field(1, ge=1)
+    """Clips: how many times as many frames as inside."""
+    temporal_attention: tuple[int, ...] = ()
+    """Clips: temporal attention layers after each ResNet block, at each width; empty: none."""
+
+
 class BackboneSettings(Settings):
     """The network."""
 
     name: str = "dit"
-    """dit or diffussm with the sizes below, or a configuration (dit-s-8 … dit-xl-2, diffussm-s … diffussm-xl), whose
-    sizes win where not given."""
+    """dit, diffussm or unet with the sizes below, or a configuration (dit-s-8 … dit-xl-2, diffussm-s … diffussm-xl,
+    mdm-64, mdm-256, mdm-1024), whose sizes win where not given."""
     patch_size: int = Field(2, ge=1)
-    """Side of a patch, in pixels or latent positions. diffussm: 1 where not given."""
+    """dit, diffussm: side of a patch, in pixels or latent positions. diffussm: 1 where not given."""
     width: int = Field(384, ge=1)
-    """Channels of a token."""
+    """dit, diffussm: channels of a token."""
     depth: int = Field(12, ge=1)
-    """Number of blocks."""
+    """dit, diffussm: number of blocks."""
     heads: int = Field(6, ge=1)
-    """dit: attention heads; must divide width."""
+    """dit, unet: attention heads; must divide the widths. unet: 8 where not given."""
     mlp_ratio: float = Field(4.0, gt=0)
     """dit: hidden width of a block's MLP over width."""
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """dit: how time and class enter (DiT, section 3.2)."""
+    """dit: how time and class or captions enter (DiT, section 3.2). diffussm: how captions enter, not adaln."""
     freq_shift: Literal[0, 1] = 0
     """dit: the time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers'."""
     hourglass: int = Field(2, ge=1)
@@ -125,8 +170,37 @@ class BackboneSettings(Settings):
     """diffussm: zoh (zero-order hold) or bilinear."""
     bidirectional: bool = True
     """diffussm: whether a position sees those after it, too."""
+    channels: tuple[int, ...] = (64, 128, 256)
+    """unet: widths, the full resolution first; each has half the sides of the one before."""
+    resblocks: tuple[int, ...] = (2, 2, 2)
+    """unet: ResNet blocks at each width."""
+    attention: tuple[int, ...] = ()
+    """unet: attention layers (to itself and to captions) after each ResNet block, at each width; empty: none."""
+    feed_forward: bool = False
+    """unet: whether attention layers have a feed-forward part."""
+    middle: bool = True
+    """unet: two more blocks at the lowest resolution, with attention between them."""
+    time_width: int | None = Field(None, ge=1)
+    """unet: width of the embedding of time. None: four times the first width."""
+    groups: int = Field(32, ge=1)
+    """unet: groups of the GroupNorms."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """unet: dropout inside of ResNet blocks."""
+    micro_scale: float | None = Field(None, gt=0)
+    """unet, micro conditioning: the side of an image that was not enlarged. None: the network is not told."""
+    text_width: int | None = Field(None, ge=1)
+    """unet: width of a caption's tokens inside of the network. None: that of the embedding of time."""
+    masked_text: bool = True
+    """unet: attend to no padding; the published networks do attend to it."""
+    temporal_attention: tuple[int, ...] = ()
+    """unet, clips: temporal attention layers after each ResNet block, at each width; empty: none."""
     num_classes: int | None = Field(None, ge=0)
     """Number of classes; 0 is unconditional. None: as many as the data set has (a saved recipe holds the number)."""
+    text_features: int | None = Field(None, ge=0)
+    """Captions: width of the encoder's features, 0 for bytes. None: as `condition` says (a saved recipe holds it)."""
+    outer: tuple[OuterLevel, ...] = ()
+    """Larger levels around the network, from the inside out, which make it a Matryoshka network: data.size is the
+    outermost one's, and each is 2^(widths − 1) times as large as its inside."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,28 +212,95 @@ class BackboneSettings(Settings):
 
     @model_validator(mode="after")
     def _own_options(self) -> BackboneSettings:
+        own = NETWORK_OPTIONS[self.name]
         for network, options in NETWORK_OPTIONS.items():
             for key in options:
-                if network != self.name and getattr(self, key) != type(self).model_fields[key].default:
+                if key not in own and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"backbone.{key} means nothing for {self.name}; leave it out, it is {network}'s")
+        if self.name == "diffussm" and self.conditioning == "adaln":
+            raise ValueError(
+                "backbone.conditioning of diffussm is adaln-zero, cross-attention or in-context, not adaln"
+            )
         return self
 
+    def options(self) -> dict[str, Any]:
+        """What the network's constructor takes of these, beside shapes and conditions."""
+        options = {key: getattr(self, key) for key in NETWORK_OPTIONS[self.name]}
+        if "temporal_attention" in options:
+            options["temporal_attention"] = self.temporal_attention or False
+        return options
 
-#: sizes by what backbone.name may be; and the options that only one of the networks has
+    @property
+    def enlargement(self) -> int:
+        """Side of the outermost level over that of the network inside."""
+        return math.prod(2 ** (len(level.channels) - 1) for level in self.outer)
+
+
+def _mdm(levels: tuple[LevelConfig, ...]) -> dict[str, Any]:
+    """A published Matryoshka network, whose captions' width is left to the encoder."""
+    left_to_the_recipe = ("input_size", "text_features")
+    inner, *outer = ({k: v for k, v in level.items() if k not in left_to_the_recipe} for level in levels)
+    return {"heads": 8, **inner, "outer": tuple(outer)}
+
+
+#: sizes by what backbone.name may be; and what a network's constructor takes of the settings
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dit": {},
     "diffussm": {"patch_size": 1},
+    "unet": {"heads": 8},
     **{name: {**sizes} for name, sizes in (DIT_CONFIGS | DIFFUSSM_CONFIGS).items()},
+    **{name: _mdm(levels) for name, levels in MDM_CONFIGS.items()},
 }
-NETWORK_OPTIONS = {
-    "dit": ("heads", "mlp_ratio", "conditioning", "freq_shift"),
-    "diffussm": ("hourglass", "scan", "state", "initialisation", "discretisation", "bidirectional"),
+#: what a backbone chosen by name brings along
+SIZES = ("patch_size", "width", "depth", "heads", "channels", "resblocks", "attention")
+TOKEN_OPTIONS = ("patch_size", "width", "depth", "conditioning")
+NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
+    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift"),
+    "diffussm": (
+        *TOKEN_OPTIONS,
+        "hourglass",
+        "scan",
+        "state",
+        "initialisation",
+        "discretisation",
+        "bidirectional",
+    ),
+    "unet": (
+        "heads",
+        "channels",
+        "resblocks",
+        "attention",
+        "feed_forward",
+        "middle",
+        "time_width",
+        "groups",
+        "dropout",
+        "micro_scale",
+        "text_width",
+        "masked_text",
+        "temporal_attention",
+    ),
 }
 
 
 def _network(name: str) -> str:
     """The network of a configuration: dit of dit-xl-2."""
-    return name.partition("-")[0]
+    network = name.partition("-")[0]
+    return "unet" if network == "mdm" else network
+
+
+class ConditionSettings(Settings):
+    """What a sample is asked to be."""
+
+    name: Literal["class", "text"] = "class"
+    """class: the data set's classes, none where it has none; text: its captions, or its classes' names."""
+    encoder: str = "bytes"
+    """text: folder or hub name of a frozen text encoder of transformers (T5, CLIP, BERT and their relatives), e.g.
+    google/flan-t5-xl; or bytes: a small transformer over the letters, trained along."""
+    max_tokens: int = Field(64, ge=2)
+    """text: tokens (or bytes) of a caption; longer ones are cut."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """text: of the frozen encoder's weights and features."""
 
 
 class InterpolantSettings(Settings):
@@ -177,6 +318,8 @@ class InterpolantSettings(Settings):
     """variance-exploding: sigma at t = 1."""
     snr_divisor: float = Field(1.0, gt=0)
     """Divide the signal-to-noise ratio by this at every t: s**power for an image s times larger per side."""
+    snr_power: float = Field(1.0, ge=0)
+    """Matryoshka networks: a level s times larger per side than the smallest has its ratio divided by s**snr_power."""
 
 
 class ObjectiveSettings(Settings):
@@ -196,10 +339,15 @@ class ObjectiveSettings(Settings):
     """Margin kept from an end of [0, 1] at which the target or its weight is singular."""
     stratified: bool = False
     """Spread a batch's times evenly over the distribution."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of labels replaced by the null class, for classifier-free guidance."""
+    condition_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of labels replaced by the null class, of captions by the empty one, for classifier-free guidance."""
     vlb_weight: float = Field(1.0, ge=0)
     """Factor on the variational bound of a learned variance (1: DiT's)."""
+    level_weights: tuple[float, ...] = ()
+    """Matryoshka networks: factors on the levels' losses, smallest level first. Empty: 1 each."""
+    level_shares: tuple[float, ...] = ()
+    """Matryoshka networks: shares of the examples that have a level and all smaller ones, smallest level first, so the
+    first is 1; [1, 0.67] trains a third at the low resolution alone. Empty: 1 each."""
 
 
 class LoRASettings(Settings):
@@ -213,11 +361,34 @@ class LoRASettings(Settings):
     """Linear layers that get one: ends of their names, or glob patterns; adaLN_modulation.1 is what time enters by."""
 
 
+class Stage(Settings):
+    """A part of the training, before that of all levels of a Matryoshka network; what is not given is as in `training`.
+
+    Both decays of the learning rate, cosine and linear, are over the stage's own steps.
+    """
+
+    levels: int = Field(ge=1)
+    """How many levels are trained, the smallest first."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int | None = Field(None, ge=1)
+    """Global batch size."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine", "linear"] | None = None
+    """After warm-up: constant, or a decay to zero at the stage's last step."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the learning rate rises linearly from zero."""
+
+
 class TrainingSettings(Settings):
     """The loop."""
 
     steps: int = Field(1000, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps, those of the stages included."""
+    stages: tuple[Stage, ...] = ()
+    """Progressive training of a Matryoshka network: what comes before all levels are trained, e.g.
+    [{levels: 1, steps: 3000}], the low resolution alone. Empty: all levels from the start."""
     batch_size: int = Field(256, ge=1)
     """Global batch size: over all processes and micro-batches."""
     accumulate: int = Field(1, ge=1)
@@ -258,6 +429,26 @@ class TrainingSettings(Settings):
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints to keep."""
 
+    def plan(self) -> list[StagePlan]:
+        """The stages in turn, the last one that of all levels, each with settings of its own."""
+        plan, first = [], 0
+        for stage in self.stages:
+            given = stage.model_dump(exclude={"levels"}, exclude_none=True)
+            plan.append(StagePlan(first, stage.levels, self.model_copy(update={**given, "stages": ()})))
+            first += stage.steps
+        return [*plan, StagePlan(first, None, self.model_copy(update={"steps": self.steps - first, "stages": ()}))]
+
+
+class StagePlan(NamedTuple):
+    """One stage of a training."""
+
+    first: int
+    """Steps before it."""
+    levels: int | None
+    """Levels that are trained, None for all."""
+    settings: TrainingSettings
+    """Its own, `steps` those of this stage alone."""
+
 
 class Recipe(Settings):
     """A run: the six words of the library, and how to train and sample."""
@@ -274,6 +465,7 @@ class Recipe(Settings):
     data: DataSettings = DataSettings()
     representation: RepresentationSettings = RepresentationSettings()
     backbone: BackboneSettings = BackboneSettings()
+    condition: ConditionSettings = ConditionSettings()
     interpolant: InterpolantSettings = InterpolantSettings()
     target: Target = "velocity"
     """What the network's output means: data, noise, velocity, score or v."""
@@ -288,17 +480,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        height, patch, m = self.latent_shape[1], self.backbone.patch_size, self.backbone.hourglass
-        if height % patch:
-            raise ValueError(
-                f"the input is {height} × {height}, which a patch of {patch} does not divide; "
-                "change backbone.patch_size or data.size"
-            )
-        if self.backbone.name == "diffussm" and ((height // patch) ** 2 % m or 2 * self.backbone.width % m):
-            raise ValueError(
-                f"an hourglass of {m} does not divide the {(height // patch) ** 2} positions and 2·width; change "
-                "backbone.hourglass, backbone.patch_size or backbone.width"
-            )
+        self._check_network()
+        self._check_stages()
         if self.training.batch_size % self.training.accumulate:
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} is not divisible by "
@@ -310,9 +493,61 @@ class Recipe(Settings):
             )
         return self
 
+    def _check_network(self) -> None:
+        backbone, size = self.backbone, self.latent_shape[1]
+        if size % backbone.enlargement:
+            raise ValueError(
+                f"the outer levels make the network {backbone.enlargement} times as large as inside, which does not "
+                f"divide {size} × {size}; change backbone.outer or data.size"
+            )
+        height, patch, m = size // backbone.enlargement, backbone.patch_size, backbone.hourglass
+        if backbone.name in ("dit", "diffussm") and height % patch:
+            raise ValueError(
+                f"the input is {height} × {height}, which a patch of {patch} does not divide; "
+                "change backbone.patch_size or data.size"
+            )
+        if backbone.name == "diffussm" and ((height // patch) ** 2 % m or 2 * backbone.width % m):
+            raise ValueError(
+                f"an hourglass of {m} does not divide the {(height // patch) ** 2} positions and 2·width; change "
+                "backbone.hourglass, backbone.patch_size or backbone.width"
+            )
+        if backbone.outer and self.variance != "none":
+            raise ValueError("a Matryoshka network has no learned variance; set variance=none")
+        if backbone.name != "unet" and self.data.frames:
+            raise ValueError(f"clips need a network with time, and {backbone.name} has none; set backbone=unet")
+        ratio = math.prod(level.frame_ratio for level in backbone.outer)
+        if self.data.frames % ratio or (ratio > 1 and not self.data.frames):
+            raise ValueError(
+                f"frame_ratio makes {ratio} times as many frames as inside, which does not divide data.frames "
+                f"{self.data.frames}; change one of them"
+            )
+        levels = 1 + len(backbone.outer)
+        for key in ("level_weights", "level_shares"):
+            given = getattr(self.objective, key)
+            if given and len(given) != levels:
+                raise ValueError(f"objective.{key} has {len(given)} numbers for {levels} level(s); give one for each")
+        shares = self.objective.level_shares
+        if shares and (shares[0] != 1 or min(shares) <= 0 or list(shares) != sorted(shares, reverse=True)):
+            raise ValueError(
+                f"objective.level_shares {list(shares)} must begin with 1 and not rise, above 0: who has a level has "
+                "all smaller ones"
+            )
+
+    def _check_stages(self) -> None:
+        training, levels = self.training, 1 + len(self.backbone.outer)
+        for stage in training.stages:
+            if stage.levels > levels:
+                raise ValueError(f"a stage of training trains {stage.levels} levels, but the network has {levels}")
+        before = sum(stage.steps for stage in training.stages)
+        if before >= training.steps:
+            raise ValueError(
+                f"training.stages take {before} steps, and training.steps are {training.steps} in all; the rest, which "
+                "trains all levels, must be at least 1"
+            )
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x, what the network sees."""
+        """(C, H, W) of an image, or of a frame, in the space that x lives in; of a Matryoshka network: its largest."""
         size = self.data.size
         if self.representation.name == "pixels":
             return self.data.channels, size, size
@@ -352,9 +587,23 @@ def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> R
     return Recipe.parse(values)
 
 
-def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Recipe:
-    """The recipe with what only the data know filled in: number of classes, latents' scale. Checks that the two fit."""
+def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_features: int | None = None) -> Recipe:
+    """The recipe with what only the data know filled in: number of classes, latents' scale. Checks that the two fit.
+
+    text_features: where the condition is captions, the width of their encoder's features (0: bytes).
+    """
     wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
+    if recipe.condition.name == "text":
+        if wanted:
+            raise MezzotintError(f"the condition is text, so backbone.num_classes={wanted} means nothing; leave it out")
+        if recipe.backbone.text_features not in (None, text_features):
+            raise MezzotintError(
+                f"the captions' features are {text_features} wide, but backbone.text_features is "
+                f"{recipe.backbone.text_features}; leave it out"
+            )
+        wanted, has = 0, 0
+    elif recipe.backbone.text_features is not None:
+        raise MezzotintError("backbone.text_features is for captions; set condition=text, or leave it out")
     if wanted and not has:
         raise MezzotintError(
             f"the recipe has {wanted} classes but the data set is unlabelled; set backbone.num_classes=0 to train "
@@ -362,7 +611,8 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Re
         )
     if wanted and has > wanted:
         raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
-    expected = (recipe.data.channels, recipe.data.size, recipe.data.size)
+    frames = (recipe.data.frames,) if recipe.data.frames else ()
+    expected = (*frames, recipe.data.channels, recipe.data.size, recipe.data.size)
     if dataset.image_shape != expected:
         raise MezzotintError(
             f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
@@ -385,7 +635,9 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> Re
                 f"{representation.scale}; set it to null or encode again"
             )
         representation = representation.model_copy(update={"scale": dataset.info.scale})
-    backbone = recipe.backbone.model_copy(update={"num_classes": has if wanted is None else wanted})
+    backbone = recipe.backbone.model_copy(
+        update={"num_classes": has if wanted is None else wanted, "text_features": text_features}
+    )
     return recipe.model_copy(update={"backbone": backbone, "representation": representation})
 
 
@@ -427,9 +679,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
             merged[key] = value
             continue
         if key == "backbone" and "name" in value:
-            dropped = {"patch_size", "width", "depth", "heads"}.union(
-                *(options for network, options in NETWORK_OPTIONS.items() if network != _network(str(value["name"])))
-            )
+            dropped = {key for options in NETWORK_OPTIONS.values() for key in options}
+            dropped -= {key for key in NETWORK_OPTIONS.get(_network(str(value["name"])), ()) if key not in SIZES}
             below = {k: v for k, v in below.items() if k not in dropped}
         merged[key] = _merge(below, value)
     return merged

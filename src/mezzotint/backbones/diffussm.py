@@ -27,7 +27,7 @@ from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError, closest
 
 Scan = Literal["row", "row-snake", "column", "column-snake"]
-Conditioning = Literal["adaln", "cross-attention", "in-context"]
+Conditioning = Literal["adaln-zero", "cross-attention", "in-context"]
 
 
 class DiffuSSM(nn.Module):
@@ -46,15 +46,15 @@ class DiffuSSM(nn.Module):
 
     `text_features`, in the place of classes, builds a network of captions: above 0, of a frozen encoder's features of
     that width; 0, of bytes, with an encoder that is trained along. `conditioning` says how captions enter (time always
-    enters by adaptive normalisation): adaln, the mean of the tokens is added to the embedding of time; cross-attention,
-    each block's groups first attend to the tokens; in-context, each token is a group of its own, and these stand before
-    the image's in every sequence, whatever the scan. Padding is masked, and changes nothing.
+    enters by adaptive normalisation): adaln-zero, the mean of the tokens is added to the embedding of time;
+    cross-attention, each block's groups first attend to the tokens; in-context, each token is a group of its own, and
+    these stand before the image's in every sequence, whatever the scan. Padding is masked, and changes nothing.
 
     Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
 
     Raises MezzotintError when a side of `input_size` is not a multiple of `patch_size`, `hourglass` does not divide the
     number of positions and 2·width, `width` is not a multiple of 4, `scan` is empty or has an unknown word, there are
-    both classes and captions, `conditioning` is unknown or not adaln without captions, or as S4D.
+    both classes and captions, `conditioning` is unknown or not adaln-zero without captions, or as S4D.
     """
 
     pos_embed: Tensor
@@ -72,7 +72,7 @@ class DiffuSSM(nn.Module):
         hourglass: int = 2,
         num_classes: int = 0,
         text_features: int | None = None,
-        conditioning: Conditioning = "adaln",
+        conditioning: Conditioning = "adaln-zero",
         scan: Sequence[Scan] = ("row",),
         state: int = 64,
         initialisation: Initialisation = "lin",
@@ -98,9 +98,9 @@ class DiffuSSM(nn.Module):
             raise MezzotintError(
                 f"conditioning {conditioning!r} is unknown; {closest(conditioning, get_args(Conditioning))}"
             )
-        if text_features is None and conditioning != "adaln":
+        if text_features is None and conditioning != "adaln-zero":
             raise MezzotintError(
-                f"conditioning {conditioning} needs captions; set text_features, or take conditioning adaln"
+                f"conditioning {conditioning} needs captions; set text_features, or take conditioning adaln-zero"
             )
         self.input_size = (rows, columns)
         self.patch_size = patch_size
@@ -198,14 +198,14 @@ class DiffuSSM(nn.Module):
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
         """What the network is given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).
 
-        Shifts, scales and gates (N, 1, …) for each block and then for the final layer; after them, but for adaln, the
-        tokens of captions (N, n, width) and their mask bool (N, n). They depend on nothing else, so that a sampler can
-        have them computed once for all examples of a class, and for many steps. Raises MezzotintError for a `y` that is
-        missing or of the other kind.
+        Shifts, scales and gates (N, 1, …) for each block and then for the final layer; after them, but for adaln-zero,
+        the tokens of captions (N, n, width) and their mask bool (N, n). They depend on nothing else, so that a sampler
+        can have them computed once for all examples of a class, and for many steps. Raises MezzotintError for a `y`
+        that is missing or of the other kind.
         """
         c, text = self.t_embedder(t).unsqueeze(1), []
         if self.y_embedder is not None:
-            embeddings, mask = embedded(self.y_embedder, y, pool=self.conditioning == "adaln")
+            embeddings, mask = embedded(self.y_embedder, y, pool=self.conditioning == "adaln-zero")
             if mask is None:
                 c = c + embeddings
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,29 @@ class Text:
         return Text(F.pad(self.tokens, sides), F.pad(self.mask, (0, more)))
 
 
+class Captioner(Protocol):
+    """Captions to what a network is given of them."""
+
+    #: of a token's features; 0 for bytes
+    width: int
+
+    def encode(self, captions: Sequence[str], *, cached: bool = True) -> Text:
+        """B captions; `cached` ones are remembered, where that is worth while."""
+
+
 def join(*batches: Text) -> Text:
     """Batches one after another, padded to the longest."""
     length = max(batch.mask.shape[1] for batch in batches)
     batches = tuple(batch.padded(length) for batch in batches)
     return Text(torch.cat([b.tokens for b in batches]), torch.cat([b.mask for b in batches]))
+
+
+def replaced(y: Text, which: Tensor, null: Text) -> Text:
+    """`y` with the caption `null`, of one row, in the rows `which` (B,) bool."""
+    length = max(y.mask.shape[1], null.mask.shape[1])
+    y, null = y.padded(length), null.padded(length)
+    tokens = which.reshape(-1, *[1] * (y.tokens.ndim - 1))
+    return Text(torch.where(tokens, null.tokens.to(y.tokens), y.tokens), torch.where(which[:, None], null.mask, y.mask))
 
 
 def byte_tokens(captions: Sequence[str], length: int) -> Text:
@@ -57,3 +76,16 @@ def byte_tokens(captions: Sequence[str], length: int) -> Text:
     if data := b"".join(encoded):
         tokens[(position > 0) & (position <= ends)] = 2 + torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
     return Text(tokens, tokens > 0)
+
+
+class Bytes:
+    """`byte_tokens` of a fixed length, as a `Captioner`."""
+
+    width = 0
+
+    def __init__(self, max_tokens: int, device: torch.device | str = "cpu") -> None:
+        self.max_tokens, self.device = max_tokens, device
+
+    def encode(self, captions: Sequence[str], *, cached: bool = True) -> Text:
+        """int64 (B, max_tokens) on the device."""
+        return byte_tokens(captions, self.max_tokens).to(self.device)

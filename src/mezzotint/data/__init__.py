@@ -11,13 +11,26 @@ from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
 
-from mezzotint.data.base import ImageDataset, ImageStream, InMemoryImages
+from mezzotint.data.base import CaptionedDataset, Example, ImageDataset, ImageStream, InMemoryImages
+from mezzotint.data.captions import captioned_folder
+from mezzotint.data.digit_clips import MovingDigits, moving_digits
+from mezzotint.data.emoji_font import emoji
 from mezzotint.data.folder import image_folder
 from mezzotint.data.huggingface import hugging_face
 from mezzotint.data.idx_files import idx
 from mezzotint.data.latents import CachedLatents, cached_latents, encode_dataset
-from mezzotint.data.loader import Batch, BatchOrder, iterate_batches
+from mezzotint.data.loader import (
+    Batch,
+    BatchOrder,
+    captions_of,
+    check_captions,
+    choose_captions,
+    has_captions,
+    iterate_batches,
+)
 from mezzotint.data.sklearn_digits import digits
+from mezzotint.data.tar_shards import web_dataset
+from mezzotint.data.video import video_folder
 from mezzotint.errors import MezzotintError, closest
 
 __all__ = [
@@ -25,24 +38,41 @@ __all__ = [
     "Batch",
     "BatchOrder",
     "CachedLatents",
+    "CaptionedDataset",
+    "Example",
     "ImageDataset",
     "ImageStream",
     "InMemoryImages",
+    "MovingDigits",
     "cached_latents",
+    "captioned_folder",
+    "captions_of",
+    "check_captions",
+    "choose_captions",
     "digits",
+    "emoji",
     "encode_dataset",
+    "has_captions",
     "hugging_face",
     "idx",
     "image_folder",
     "iterate_batches",
     "load",
+    "moving_digits",
+    "video_folder",
+    "web_dataset",
 ]
 
 SOURCES: dict[str, Callable[..., ImageDataset | ImageStream]] = {
     "digits": digits,
     "idx": idx,
     "folder": image_folder,
+    "captions": captioned_folder,
+    "webdataset": web_dataset,
     "huggingface": hugging_face,
+    "emoji": emoji,
+    "moving-digits": moving_digits,
+    "video": video_folder,
     "latents": cached_latents,
 }
 """Every data set that `load` knows: a function of `split` and of the options in its signature."""

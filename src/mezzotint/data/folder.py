@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -15,6 +16,16 @@ from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
 
 UNLABELLED = {"": -1}  # as sub-folder and its label: the folder itself, −1
+
+
+class FileKind(NamedTuple):
+    """What a folder holds: its name, and the endings of the files."""
+
+    noun: str
+    endings: tuple[str, ...]
+
+
+IMAGES = FileKind("image", (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 
 
 @dataclass(frozen=True)
@@ -52,24 +63,14 @@ def image_folder(
     `adm_center_crop`. Raises `MezzotintError` for a folder that is missing, empty, without classes or without the
     split, and, when indexed, for more than `max_unreadable` unreadable images.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise MezzotintError(f"image folder {folder} does not exist; set data.path to a folder of images")
     check_channels(channels)
     check_size(size)
-    inside, split_names = _subfolders(folder), {name for names in SPLIT_NAMES.values() for name in names}
-    has_splits = "train" in inside and split_names.issuperset(inside)
-    parts = {name: folder / name for name in inside} if has_splits else {"train": folder}
-    root = pick_split(parts, split, test_fraction, f"image folder {folder}")
-
-    # The classes are those of the training images, so that a label means the same in every split.
-    class_names = tuple(_subfolders(parts["train"])) if labels else ()
-    samples = _labelled(root, class_names, own_classes=root == parts["train"]) if labels else _images(root, UNLABELLED)
+    folder, root, training = split_folder(path, split, test_fraction, IMAGES)
+    class_names, samples = classified_files(root, training, IMAGES, labels)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
 
     shape = (channels, size, size)
-    sizes = (os.path.getsize(file) if os.path.exists(file) else 0 for file, _ in samples)  # 0: a broken link
-    content = (f"{os.path.relpath(file, root)}\0{n}".encode() for (file, _), n in zip(samples, sizes, strict=True))
+    content = (file_content(file, root) for file, _ in samples)
     return DecodedImages(
         PictureFiles(samples),
         image_shape=shape,
@@ -79,40 +80,80 @@ def image_folder(
     )
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def split_folder(path: str | Path, split: str, test_fraction: float, kind: FileKind) -> tuple[Path, Path, Path]:
+    """The folder `path`, the folder within to take `split` from, perhaps itself, and that of the training files.
+
+    Raises `MezzotintError` for a folder that does not exist or lacks the split.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise MezzotintError(f"{kind.noun} folder {folder} does not exist; set data.path to a folder of {kind.noun}s")
+    inside, split_names = _subfolders(folder), {name for names in SPLIT_NAMES.values() for name in names}
+    has_splits = "train" in inside and split_names.issuperset(inside)
+    parts = {name: folder / name for name in inside} if has_splits else {"train": folder}
+    return folder, pick_split(parts, split, test_fraction, f"{kind.noun} folder {folder}"), parts["train"]
 
 
-def _images(root: Path, labels: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Paths of the images below the sub-folders that `labels` names, by sub-folder and then by path, with labels."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # seconds to import
+def classified_files(
+    root: Path, training: Path, kind: FileKind, labels: bool
+) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Names of the classes, and paths and labels of the files below `root`; without `labels` no names, and −1.
 
-    samples: list[tuple[str, int]] = make_dataset(root, labels, IMG_EXTENSIONS, allow_empty=True)
+    Raises `MezzotintError` where there are no files or, with `labels`, no classes.
+    """
+    if not labels:
+        return (), files_below(root, UNLABELLED, kind)
+    # The classes are those of the training files, so that a label means the same in every split.
+    class_names = tuple(_subfolders(training))
+    return class_names, _labelled(root, class_names, kind, own_classes=root == training)
+
+
+def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[tuple[str, int]]:
+    """Paths of the files below the sub-folders that `labels` names, by sub-folder and then by path, with labels.
+
+    Raises `MezzotintError` where there are none.
+    """
+    from torchvision.datasets.folder import make_dataset  # seconds to import
+
+    samples: list[tuple[str, int]] = make_dataset(root, labels, kind.endings, allow_empty=True)
     if not samples:
         raise MezzotintError(
-            f"image folder {root} holds no images; expected files like {', '.join(IMG_EXTENSIONS)}, so check data.path"
+            f"{kind.noun} folder {root} holds no {kind.noun}s; expected files like {', '.join(kind.endings)}, "
+            "so check data.path"
         )
     return samples
 
 
-def _labelled(root: Path, class_names: Sequence[str], own_classes: bool) -> list[tuple[str, int]]:
+def file_content(file: str, root: Path) -> bytes:
+    """What tells a file from others without reading it: its path within `root` and its size."""
+    size = os.path.getsize(file) if os.path.exists(file) else 0  # 0: a broken link
+    return f"{os.path.relpath(file, root)}\0{size}".encode()
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _labelled(root: Path, class_names: Sequence[str], kind: FileKind, own_classes: bool) -> list[tuple[str, int]]:
+    noun = kind.noun
     if not class_names:
-        images = _images(root, UNLABELLED)
+        files = files_below(root, UNLABELLED, kind)
         raise MezzotintError(
-            f"image folder {root} holds {len(images)} images but no sub-folders; expected one sub-folder per class, "
-            "so sort the images into classes or set data.labels=false"
+            f"{noun} folder {root} holds {len(files)} {noun}s but no sub-folders; expected one sub-folder per class, "
+            f"so sort the {noun}s into classes or set data.labels=false"
         )
     if strange := set(_subfolders(root)) - set(class_names):
         raise MezzotintError(
-            f"image folder {root} has classes that the training images lack: {', '.join(sorted(strange))}; "
-            "remove them or add training images"
+            f"{noun} folder {root} has classes that the training {noun}s lack: {', '.join(sorted(strange))}; "
+            f"remove them or add training {noun}s"
         )
     labels = {name: label for label, name in enumerate(class_names)}
-    samples = _images(root, labels)
+    samples = files_below(root, labels, kind)
     found = {label for _, label in samples}
     empty = [name for name, label in labels.items() if label not in found]
     if own_classes and empty:
         raise MezzotintError(
-            f"image folder {root} holds no images of the classes {', '.join(empty)}; add some or remove the sub-folders"
+            f"{noun} folder {root} holds no {noun}s of the classes {', '.join(empty)}; add some or remove the "
+            "sub-folders"
         )
     return samples

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from mezzotint.data.base import DecodedImages, content_identity, first_readable, report_unreadable
+from mezzotint.data.base import DecodedImages, Example, ShuffledStream, as_captions, content_identity
 from mezzotint.data.splits import held_out, pick_split
-from mezzotint.data.transforms import check_channels, check_size
+from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError, closest
 
 if TYPE_CHECKING:
@@ -26,10 +25,11 @@ IDENTITY_ROWS = 16  # that the identity is a digest of
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps its image and its label, and how to decode them."""
+    """Where a row keeps its image, its label and its captions, and how to decode them."""
 
     image: str
     label: str | None
+    caption: str | None
     class_names: tuple[str, ...]
     decoder: datasets.Image
 
@@ -43,23 +43,22 @@ class Columns:
                     f"column {self.label!r} has the label {label}, expected 0 to {len(self.class_names) - 1}; "
                     "mend the data set or set data.labels=false"
                 )
-        if row[self.image] is None:
-            raise ValueError("the image is missing")
+        for kind, column in (("image", self.image), ("caption", self.caption)):
+            if column is not None and (row[column] is None or row[column] == []):
+                raise ValueError(f"the {kind} is missing")
         return self.decoder.decode_example(row[self.image]), label
 
     def content(self, row: Row) -> bytes:
         """What is in `row`, the same on every machine."""
         image = row[self.image] or {"bytes": None, "path": None}
         label = None if self.label is None else row[self.label]
-        return (image["bytes"] or Path(image["path"] or "").name.encode()) + repr(label).encode()
+        picture = (image["bytes"] or Path(image["path"] or "").name.encode()) + repr(label).encode()
+        return picture if self.caption is None else picture + repr(row[self.caption]).encode()
 
-
-class StreamExample(NamedTuple):
-    """A row and its running number, over all epochs."""
-
-    epoch: int
-    number: int
-    row: Row
+    @property
+    def names(self) -> list[str]:
+        """Of all columns in use."""
+        return [name for name in (self.image, self.label, self.caption) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -80,59 +79,31 @@ class HubPictures:
         return self.columns.decode(self.dataset[index])
 
 
-@dataclass(eq=False)
-class HubStream:
-    """An `ImageStream` over a streamed data set; see `hugging_face`. Unreadable images are counted in each epoch."""
+class HubStream(ShuffledStream):
+    """An `ImageStream` over a streamed data set; see `hugging_face`."""
 
-    dataset: datasets.IterableDataset
-    columns: Columns
-    where: str
-    image_shape: tuple[int, int, int]
-    identity: str
-    shuffle_buffer: int
-    max_unreadable: int
-    _unreadable: dict[tuple[int, int], str] = field(default_factory=dict)  # names, by epoch and example number
+    def __init__(
+        self, dataset: datasets.IterableDataset, columns: Columns, where: str, shuffle_buffer: int, **about: Any
+    ) -> None:
+        super().__init__(class_names=columns.class_names, **about)
+        self.dataset, self.columns, self.where, self.shuffle_buffer = dataset, columns, where, shuffle_buffer
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.columns.class_names
+    def has_captions(self) -> bool:
+        return self.columns.caption is not None
 
-    def read(self, start: int, seed: int) -> Iterator[StreamExample]:
-        """The examples from number `start` on, without end, each epoch shuffled anew by `seed`.
-
-        A stream cannot be entered in the middle and does not know its length: to reach `start`, up to two epochs are
-        read, though not decoded.
-        """
+    def rows(self, epoch: int, seed: int) -> Iterator[Row]:
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-        epoch, skip, number = 0, start, start
-        while True:
-            shuffled.set_epoch(epoch)
-            length = 0
-            for length, example in enumerate(shuffled, 1):
-                if length > skip:
-                    yield StreamExample(epoch, number, example)
-                    number += 1
-            if skip >= length:  # `start` is in a later epoch, and now the length of an epoch is known
-                epoch, skip = divmod(start, length)
-            else:
-                epoch, skip = epoch + 1, 0
+        shuffled.set_epoch(epoch)
+        yield from shuffled
 
-    def decode(self, window: Sequence[StreamExample], position: int) -> tuple[Tensor, int]:
-        """Image and label of ``window[position]``, or of the next readable example in `window`, which wraps around."""
-        candidates = ((position + i) % len(window) for i in range(len(window)))
-        return first_readable(
-            candidates,
-            lambda i: self.columns.decode(window[i].row),
-            lambda i, error: self._report(window[i], error),
-            self.image_shape,
-        )
+    def decode_row(self, row: Row) -> Example:
+        picture, label = self.columns.decode(row)
+        captions = () if self.columns.caption is None else as_captions(row[self.columns.caption])
+        return Example(picture_to_tensor(picture, self.image_shape), label, captions)
 
-    def _report(self, example: StreamExample, error: Exception) -> None:
-        epoch, number, row = example
-        if (epoch, number) not in self._unreadable:
-            name = self._unreadable[epoch, number] = _example_name(self.where, number, row[self.columns.image])
-            names = [name for (e, _), name in self._unreadable.items() if e == epoch]
-            report_unreadable(name, error, names, self.max_unreadable)
+    def row_name(self, row: Row, number: int) -> str:
+        return _example_name(self.where, number, row[self.columns.image])
 
 
 def hugging_face(
@@ -143,6 +114,7 @@ def hugging_face(
     labels: bool = True,
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     config: str | None = None,
     test_fraction: float = 0.0,
     streaming: bool = False,
@@ -152,7 +124,8 @@ def hugging_face(
     """A data set by its name on the hub, or in a folder: written by ``save_to_disk``, or with parquet or image files.
 
     Columns are recognised by type, `Image` and `ClassLabel`, when they are not given; `label_column` may also hold
-    integers, unless streaming. Images become squares of `size` pixels by `adm_center_crop`. A test split is the set's
+    integers, unless streaming. `caption_column` holds a text or a list of texts per image; with it, a column of labels
+    may be missing. Images become squares of `size` pixels by `adm_center_crop`. A test split is the set's
     own (test, else validation) or `test_fraction` of the training images. With `streaming` nothing is stored, and the
     order is that of the files, shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is
     not installed, or the set cannot be loaded, or its columns or splits are not clear.
@@ -175,11 +148,13 @@ def hugging_face(
     image = _image_column(part.features or {}, image_column, where)
     label: str | None = None
     class_names: tuple[str, ...] = ()
-    if labels:
-        label = _label_column(part.features or {}, label_column, where)
+    features = part.features or {}
+    caption = None if caption_column is None else _caption_column(features, caption_column, where)
+    if labels and (label_column or caption is None or _label_columns(features)):
+        label = _label_column(features, label_column, where)
         class_names = _class_names(parts.get("train", part), label, where)
-    columns = Columns(image, label, class_names, datasets.Image())
-    part = part.select_columns([image, label] if label else [image]).cast_column(image, datasets.Image(decode=False))
+    columns = Columns(image, label, caption, class_names, datasets.Image())
+    part = part.select_columns(columns.names).cast_column(image, datasets.Image(decode=False))
 
     shape = (channels, size, size)
     name = f"{Path(path).name}-{config}" if config else Path(path).name
@@ -192,7 +167,15 @@ def hugging_face(
         first = list(part.take(IDENTITY_ROWS))
         if not first:
             raise MezzotintError(f"{where} holds no images in its {split} split; choose another split or data set")
-        return HubStream(part, columns, str(path), shape, identity(first, None), shuffle_buffer, max_unreadable)
+        return HubStream(
+            part,
+            columns,
+            str(path),
+            shuffle_buffer,
+            image_shape=shape,
+            identity=identity(first, None),
+            max_unreadable=max_unreadable,
+        )
 
     part = part.select(held_out(len(part), split, test_fraction))
     some = np.linspace(0, len(part) - 1, num=min(IDENTITY_ROWS, len(part)), dtype=int)
@@ -202,6 +185,7 @@ def hugging_face(
         class_names=class_names,
         identity=identity(part.select(some), len(part)),
         max_unreadable=max_unreadable,
+        texts=part[caption] if caption else None,
     )
 
 
@@ -239,13 +223,33 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, where: str) -
 
 
 def _label_column(features: Mapping[str, Any], wanted: str | None, where: str) -> str:
+    if wanted is None:
+        return _only(_label_columns(features), features, "label", where)
+    return _known_column(features, wanted, "label", where)
+
+
+def _label_columns(features: Mapping[str, Any]) -> list[str]:
     import datasets
 
-    if wanted is None:
-        fitting = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        return _only(fitting, features, "label", where)
+    return [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+
+
+def _caption_column(features: Mapping[str, Any], wanted: str, where: str) -> str:
+    feature = features[_known_column(features, wanted, "caption", where)]
+    texts = (
+        feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    )  # of a list, what is in it
+    if getattr(texts, "dtype", None) not in ("string", "large_string"):
+        raise MezzotintError(
+            f"column {wanted!r} of {where} is {feature}, not captions; expected strings or lists of strings, so set "
+            "data.caption_column to another column"
+        )
+    return wanted
+
+
+def _known_column(features: Mapping[str, Any], wanted: str, kind: str, where: str) -> str:
     if wanted not in features:
-        raise MezzotintError(f"{where} has no column {wanted!r}; {closest(wanted, features)} (set data.label_column)")
+        raise MezzotintError(f"{where} has no column {wanted!r}; {closest(wanted, features)} (set data.{kind}_column)")
     return wanted
 
 

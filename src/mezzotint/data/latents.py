@@ -132,6 +132,11 @@ def encode_dataset(
         if value < 1:
             raise MezzotintError(f"{name} must be at least 1, got {value}")
     check_split(split, SPLITS)
+    if len(dataset.image_shape) != 3:
+        raise MezzotintError(
+            f"the data are clips, {dataset.image_shape}, and a cache holds latents of single images; "
+            "encode a data set of images, or train on the clips themselves"
+        )
     _, height, width = dataset.image_shape
     if height % representation.stride or width % representation.stride:
         raise MezzotintError(

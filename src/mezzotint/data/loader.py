@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mezzotint.data.base import BatchedDataset, ImageDataset, ImageStream, InMemoryImages
+from mezzotint.data.base import (
+    BatchedDataset,
+    Captioned,
+    CaptionedDataset,
+    Example,
+    ImageDataset,
+    ImageStream,
+    InMemoryImages,
+)
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 
@@ -25,9 +33,10 @@ STREAM_PREFETCH = 2  # batches that a stream reads ahead; `DataLoader`'s own num
 class Batch(NamedTuple):
     """One process's share of a global batch."""
 
-    images: Tensor  # float32 (B, C, H, W) in [−1, 1]; of `CachedLatents` the moments, as `get_batch` gives them
+    images: Tensor  # float32 (B, C, H, W), clips (B, F, C, H, W), in [−1, 1]; of `CachedLatents` the moments
     labels: Tensor | None  # int64 (B,); None when the data set is unlabelled
     indices: Tensor  # int64 (B,): places in the data set, or, of a stream, running numbers
+    captions: tuple[str, ...] | None = None  # one per image; None unless asked for
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,12 @@ class BatchOrder:
 
 @lru_cache(maxsize=2)  # the epochs on both sides of a batch
 def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
-    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(_mixed(seed, epoch)))
+
+
+def _mixed(*numbers: int) -> int:
+    """64 bits that look random, the same ones for the same numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def iterate_batches(
@@ -82,13 +95,15 @@ def iterate_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    captions: bool = False,
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to ``stop_step − 1``, of each the slice that belongs to process `rank`.
 
     The global batches depend on `order` alone, not on the number of processes or `workers` nor on where iteration
     began. `workers` are processes that decode images, or threads for a stream or a `BatchedDataset` on disk; a data set
-    in memory needs none.
-    Raises `MezzotintError` when the processes cannot share a batch equally, or from decoding.
+    in memory needs none. With `captions` every image comes with one of its captions, which `choose_captions` picks.
+    Raises `MezzotintError` when the processes cannot share a batch equally, when captions are asked of a data set that
+    has neither captions nor class names, or from decoding.
     """
     if order.batch_size % world_size:
         raise MezzotintError(
@@ -98,9 +113,62 @@ def iterate_batches(
     size = order.batch_size // world_size
     share = slice(rank * size, (rank + 1) * size)
     steps = range(start_step, stop_step)
+    if captions:
+        check_captions(dataset)
     if isinstance(dataset, ImageStream):
-        return _stream_batches(dataset, order, steps, share, workers)
-    return dataset_batches(dataset, order, steps, share, workers)
+        return _stream_batches(dataset, order, steps, share, workers, captions)
+    batches = dataset_batches(dataset, order, steps, share, workers)
+    return _captioned(batches, dataset, order, steps, share) if captions else batches
+
+
+# ------------------------------------------------------------------------------------------- captions
+
+
+def has_captions(dataset: ImageDataset | ImageStream) -> bool:
+    """Whether the data set has captions of its own, other than the names of its classes."""
+    return isinstance(dataset, Captioned) and dataset.has_captions
+
+
+def check_captions(dataset: ImageDataset | ImageStream) -> None:
+    """Raises `MezzotintError` for a data set that has neither captions nor class names."""
+    if not has_captions(dataset) and not dataset.class_names:
+        raise MezzotintError(
+            "the data set has neither captions nor classes, whose names could be captions; choose one that has, "
+            "e.g. data=captions:PATH, or set data.labels=true or data.caption_column"
+        )
+
+
+def captions_of(dataset: ImageDataset, indices: Sequence[int], labels: Tensor | None) -> list[tuple[str, ...]]:
+    """All captions of each of the images `indices`; without captions of its own, the names of the classes `labels`.
+
+    Raises `MezzotintError` as `check_captions` does.
+    """
+    check_captions(dataset)
+    if isinstance(dataset, CaptionedDataset) and dataset.has_captions:
+        return dataset.captions(indices)
+    assert labels is not None  # there are class names, so there are labels
+    return [(dataset.class_names[label],) for label in labels.tolist()]
+
+
+def choose_captions(captions: Sequence[Sequence[str]], seed: int, first: int) -> tuple[str, ...]:
+    """One caption per image. Which of several depends on `seed` and on the image's running number, from `first` on.
+
+    The running number counts all images since training began, so an image that comes again shows other captions.
+    """
+    return tuple(
+        several[0] if len(several) == 1 else several[_mixed(seed, number, 1) % len(several)]
+        for number, several in enumerate(captions, first)
+    )
+
+
+def _captioned(
+    batches: Iterator[Batch], dataset: ImageDataset, order: BatchOrder, steps: range, share: slice
+) -> Iterator[Batch]:
+    """`batches` of the process that has this share, with captions."""
+    for step, batch in zip(steps, batches, strict=True):
+        captions = captions_of(dataset, batch.indices.tolist(), batch.labels)
+        first = step * order.batch_size + share.start
+        yield batch._replace(captions=choose_captions(captions, order.seed, first))
 
 
 # ------------------------------------------------------------------------------------------- data sets
@@ -168,16 +236,19 @@ def _read_ahead(batches: _Batches, steps: range, workers: int) -> Iterator[Batch
             yield pending.popleft().result()
 
 
-def _collate(examples: Sequence[tuple[Tensor, int]], dataset: ImageDataset | ImageStream, indices: Tensor) -> Batch:
-    images, labels = zip(*examples, strict=True)
-    return Batch(to_float(torch.stack(images)), torch.tensor(labels) if dataset.class_names else None, indices)
+def _collate(
+    examples: Sequence[tuple[Tensor, int] | Example], dataset: ImageDataset | ImageStream, indices: Tensor
+) -> Batch:
+    images = to_float(torch.stack([example[0] for example in examples]))
+    labels = torch.tensor([example[1] for example in examples]) if dataset.class_names else None
+    return Batch(images, labels, indices)
 
 
 # --------------------------------------------------------------------------------------------- streams
 
 
 def _stream_batches(
-    stream: ImageStream, order: BatchOrder, steps: range, share: slice, workers: int
+    stream: ImageStream, order: BatchOrder, steps: range, share: slice, workers: int, captions: bool
 ) -> Iterator[Batch]:
     """Every process reads the whole stream, and decodes its share: so its batches are those of a single process."""
     examples = stream.read(steps.start * order.batch_size, order.seed)
@@ -186,11 +257,13 @@ def _stream_batches(
         window = list(islice(examples, order.batch_size))
         positions = range(order.batch_size)[share]
         decode = partial(stream.decode, window)
-        return _collate(
-            list(decoders.map(decode, positions) if decoders else map(decode, positions)),
-            stream,
-            order.indices(step)[share],
-        )
+        decoded = list(decoders.map(decode, positions) if decoders else map(decode, positions))
+        batch = _collate(decoded, stream, order.indices(step)[share])
+        if not captions:
+            return batch
+        own, names = has_captions(stream), stream.class_names
+        texts = [example.captions if own else (names[example.label],) for example in decoded]
+        return batch._replace(captions=choose_captions(texts, order.seed, step * order.batch_size + share.start))
 
     if workers == 0:
         yield from (load(step, None) for step in steps)

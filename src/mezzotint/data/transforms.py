@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -54,9 +56,14 @@ def adm_center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def picture_to_tensor(picture: Image.Image, image_shape: tuple[int, int, int]) -> Tensor:
-    """`adm_center_crop` of a picture of any mode and size, as uint8 of `image_shape` (C, S, S)."""
-    channels, size, _ = image_shape
+def picture_to_tensor(picture: Image.Image | Sequence[Image.Image], image_shape: tuple[int, ...]) -> Tensor:
+    """`adm_center_crop` of a picture of any mode and size, as uint8 of `image_shape` (C, S, S).
+
+    Of the F pictures of a clip, uint8 (F, C, S, S).
+    """
+    channels, size, _ = image_shape[-3:]
+    if not isinstance(picture, Image.Image):
+        return torch.stack([picture_to_tensor(frame, image_shape[1:]) for frame in picture])
     pixels = np.array(adm_center_crop(picture.convert(PIL_MODES[channels]), size))
     return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
 

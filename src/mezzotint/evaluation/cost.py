@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint.pipeline import build_backbone, build_denoiser
+from mezzotint.conditions import Condition, Text
+from mezzotint.denoiser import in_shape
+from mezzotint.pipeline import build_backbone, build_denoiser, captioner
 from mezzotint.recipe import Recipe, load_recipe, override_recipe, recipe_names, resolve
 from mezzotint.samplers import SAMPLERS, Sampler
 from mezzotint.training.finetune import choose_trainable
@@ -96,10 +98,10 @@ def activation_bytes(recipe: Recipe, batch_size: int, precision: str = "fp32") -
                 kept[storage._cdata] = storage.nbytes(), storage  # held, so that its address is not given out again
             return tensor
 
-        labels = torch.zeros(batch_size, dtype=torch.int64) if recipe.backbone.num_classes else None
+        inputs = example_inputs(backbone, recipe, batch_size)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            backbone(torch.zeros(batch_size, *recipe.latent_shape), torch.zeros(batch_size), labels)
+            backbone(*inputs)
     return sum(size for size, _ in kept.values())
 
 
@@ -137,7 +139,7 @@ def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    arguments = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
+    arguments = tuple(value.to("meta") if isinstance(value, Tensor | Text) else value for value in inputs)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FFTS) as counter:
         functional_call(model, on_meta, arguments)
     return Cost(
@@ -153,11 +155,27 @@ def recipe_cost(recipe: Recipe) -> Cost:
     with torch.device("meta"):
         backbone = build_backbone(recipe)
         choose_trainable(backbone, recipe.training, recipe.seed)
-        labels = torch.zeros(1, dtype=torch.int64) if recipe.backbone.num_classes else None
-        return cost(backbone, (torch.zeros(1, *recipe.latent_shape), torch.zeros(1), labels))
+        return cost(backbone, example_inputs(backbone, recipe))
+
+
+def example_inputs(backbone: nn.Module, recipe: Recipe, batch_size: int = 1) -> tuple[Tensor, Tensor, Condition | None]:
+    """x, t and y of a batch, all zeros, captions of full length, on the current default device."""
+    y: Condition | None = None
+    if (features := recipe.backbone.text_features) is not None:
+        shape = (batch_size, recipe.condition.max_tokens)
+        tokens = torch.zeros(*shape, features) if features else torch.zeros(shape, dtype=torch.int64)
+        y = Text(tokens, torch.ones(shape, dtype=torch.bool))
+    elif recipe.backbone.num_classes:
+        y = torch.zeros(batch_size, dtype=torch.int64)
+    return torch.zeros(batch_size, *in_shape(backbone)), torch.zeros(batch_size), y
 
 
 def _with_classes(recipe: Recipe) -> Recipe:
+    if recipe.condition.name == "text":
+        if recipe.backbone.text_features is not None:
+            return recipe
+        backbone = recipe.backbone.model_copy(update={"num_classes": 0, "text_features": captioner(recipe).width})
+        return recipe.model_copy(update={"backbone": backbone})
     return resolve(recipe, recipe.data.load("train")) if recipe.backbone.num_classes is None else recipe
 
 

@@ -40,7 +40,7 @@ from mezzotint.data.transforms import (
 )
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
-from mezzotint.pipeline import Pipeline, choose_labels, sample_batches, tensors_digest
+from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches, tensors_digest
 from mezzotint.recipe import DataSettings
 from mezzotint.samplers import Sampler
 
@@ -572,8 +572,9 @@ class PipelineSource(ImageSource):
         recipe = pipeline.recipe.model_dump(mode="json", exclude={"training", "data", "objective", "description"})
         sampler = Sampler.parse(pipeline.recipe.sampling.model_dump() | options).model_dump(mode="json")
         scale = guidance.model_dump(mode="json") if isinstance(guidance, Guidance) else guidance
-        labels = None if self.labels is None else self.labels.tolist()
-        plan = json.dumps([tensors_digest(pipeline.denoiser.backbone.state_dict()), recipe, sampler, scale, labels])
+        plan = json.dumps(
+            [tensors_digest(pipeline.denoiser.backbone.state_dict()), recipe, sampler, scale, listed(self.labels)]
+        )
         name, shape = pipeline.recipe.name, (pipeline.recipe.data.channels, *2 * (pipeline.recipe.data.size,))
         self.identity = content_identity(name, f"samples-{count}-seed-{seed}", shape, (), [plan.encode()])
 
@@ -589,7 +590,7 @@ class PipelineSource(ImageSource):
                 batch_size=batch_size,
                 **self.options,
             )
-            labels = None if self.labels is None else self.labels[list(indices)]
+            labels = self.labels[list(indices)] if isinstance(self.labels, Tensor) else None
             yield to_uint8(torch.cat(list(drawn))), labels
 
 

@@ -32,8 +32,8 @@ from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, figures
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
 from mezzotint.files import atomic_path, write_text
-from mezzotint.guidance import ConditionalModel, Guidance
-from mezzotint.pipeline import Pipeline, choose_labels, tensors_digest
+from mezzotint.guidance import Guidance
+from mezzotint.pipeline import Pipeline, choose_labels, conditional_model, tensors_digest
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
 from mezzotint.samplers import Sampler
@@ -226,8 +226,7 @@ def _meaningless(pipeline: Pipeline, cell: _Cell) -> str:
     """Why this sampler or this guidance means nothing for the model; empty where they do."""
     labels = choose_labels(pipeline, None, 1)
     try:
-        y = None if labels is None else labels.to(pipeline.device)
-        cell.sampler.times(ConditionalModel(pipeline.denoiser, y, cell.guidance))
+        cell.sampler.times(conditional_model(pipeline, labels, [0], cell.guidance))
     except MezzotintError as error:
         return str(error)
     return ""

@@ -10,8 +10,18 @@ from torch import Tensor
 from mezzotint.errors import MezzotintError
 from mezzotint.representations.kl import KLAutoencoder, scaled_latents
 from mezzotint.representations.pixels import Pixels
+from mezzotint.representations.pyramid import Encoder, Pyramid, PyramidEncoder
 
-__all__ = ["KLAutoencoder", "Pixels", "Representation", "representation", "scaled_latents"]
+__all__ = [
+    "Encoder",
+    "KLAutoencoder",
+    "Pixels",
+    "Pyramid",
+    "PyramidEncoder",
+    "Representation",
+    "representation",
+    "scaled_latents",
+]
 
 
 class Representation(Protocol):

@@ -17,17 +17,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from mezzotint.data import Batch, BatchOrder, CachedLatents, ImageDataset, ImageStream, iterate_batches
+from mezzotint.conditions import Condition, Text
+from mezzotint.conditions.text import Captioner
+from mezzotint.data import (
+    Batch,
+    BatchOrder,
+    CachedLatents,
+    CaptionedDataset,
+    ImageDataset,
+    ImageStream,
+    iterate_batches,
+)
 from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.files import write_text
-from mezzotint.images import save_grid
+from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
-from mezzotint.pipeline import Pipeline, build, sample, save_weights
+from mezzotint.pipeline import Pipeline, build, captioner, sample, save_weights
 from mezzotint.progress import console, progress_bar
-from mezzotint.randomness import generator_for
+from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
+from mezzotint.representations import Encoder, PyramidEncoder
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
@@ -42,6 +53,7 @@ MAY_CHANGE = (
     {"workers", "max_unreadable"},
 )
 VALIDATION_EXAMPLES = 2048
+EXAMPLE_CAPTIONS = 64
 # Streams of random numbers, told apart by the second argument of `generator_for`.
 TRAINING, VALIDATION = 1, 2
 
@@ -62,18 +74,22 @@ def train(
     settings, run = recipe.training, Path(run)
     with ExitStack() as stack:
         here = stack.enter_context(world(device))
-        if settings.batch_size % (here.size * settings.accumulate):
-            raise MezzotintError(
-                f"training.batch_size {settings.batch_size} is not divisible by {here.size} process(es) × "
-                f"{settings.accumulate} micro-batch(es)"
-            )
+        plan = settings.plan()
+        for stage in plan:
+            if stage.settings.batch_size % (here.size * settings.accumulate):
+                raise MezzotintError(
+                    f"training.batch_size {stage.settings.batch_size} is not divisible by {here.size} process(es) × "
+                    f"{settings.accumulate} micro-batch(es)"
+                )
 
         # ---------------------------------------------------------------------------------- data, model, optimizer
         train_set = recipe.data.load("train")
         test_set = recipe.data.load("test") if settings.validate_every else None
         if recipe.init is not None:
             recipe = take_classes(recipe, train_set.class_names)
-        recipe = resolve(recipe, train_set)
+        text = recipe.condition.name == "text"
+        reader = captioner(recipe, here.device) if text else None
+        recipe = resolve(recipe, train_set, None if reader is None else reader.width)
         check_run(run, recipe, resume, here)
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
         step = (checkpoints.latest() or 0) if resume else 0
@@ -82,20 +98,25 @@ def train(
             for note in start_from(recipe.init, pipeline):
                 if here.is_main:
                     logger.warning("%s: %s", recipe.init, note)
+        if reader is not None:
+            pipeline.captioner = reader
+            pipeline.prompts = example_captions(train_set)
         denoiser = pipeline.denoiser.train()
         trained = choose_trainable(denoiser.backbone, settings, recipe.seed)
         # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
-        encoder = train_set if isinstance(train_set, CachedLatents) else pipeline.representation
+        encoder = encoder_of(train_set, pipeline)
         mirror = train_set.mirror if isinstance(train_set, CachedLatents) else flip
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
-        averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names)
+        averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names, pipeline.prompts)
+        if reader is not None:
+            averaged.captioner = reader
         if not isinstance(train_set, CachedLatents) or settings.sample_every:
             averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
-        objective = make_objective(recipe, denoiser)
-        parallel_objective = here.wrap(objective)
+        null = pipeline.no_caption if text else None
+        objectives = [make_objective(recipe, denoiser, stage.levels, null) for stage in plan]
         optimizer = torch.optim.AdamW(
             parameter_groups(backbone, settings),
             lr=settings.lr,
@@ -130,72 +151,80 @@ def train(
                 export(averaged, ema, run, step)
 
         # ---------------------------------------------------------------------------------------------------- loop
-        order = BatchOrder.over(train_set, settings.batch_size, recipe.seed)
-        batches = iterate_batches(
-            train_set,
-            order,
-            start_step=step,
-            stop_step=settings.steps,
-            rank=here.rank,
-            world_size=here.size,
-            workers=recipe.data.workers,
-        )
-        share = settings.batch_size // here.size
-        micro = share // settings.accumulate
-        mine = slice(here.rank * share, (here.rank + 1) * share)
-        pending: list[Tensor] = []  # this process's losses since the last check, still on the device
         interrupted = stack.enter_context(catch_signals())
-        for batch in batches:
-            # Every random number of a step comes from (seed, step), drawn for the global batch and then sliced: what a
-            # step does depends neither on the steps before it nor on the number of processes.
-            generator = generator_for(recipe.seed, TRAINING, step, device=here.device)
-            flips = torch.rand(settings.batch_size, generator=generator, device=here.device)[mine] < 0.5
-            draw = objective.draw(settings.batch_size, generator).rows(mine)
-            images, labels = to_device(batch, here.device)
-            if recipe.data.flip:
-                images = mirror(images, flips)
-            latent_eps = None
-            if encoder.stochastic:
-                shape = (settings.batch_size, *denoiser.in_shape)
-                latent_eps = torch.randn(shape, generator=generator, device=here.device)[mine]
-            x = encoder.encode(images, latent_eps)
+        pending: list[Tensor] = []  # this process's losses since the last check, still on the device
+        for number, stage in enumerate(plan):
+            own, first = stage.settings, stage.first
+            if step >= first + own.steps:
+                continue
+            objective = objectives[number]
+            parallel_objective = here.wrap(objective, partial=stage.levels is not None)
+            # A stage goes through the data in an order of its own; the first one's is that of a run without stages.
+            order = BatchOrder.over(train_set, own.batch_size, mix(recipe.seed, number) if number else recipe.seed)
+            batches = iterate_batches(
+                train_set,
+                order,
+                start_step=step - first,
+                stop_step=own.steps,
+                rank=here.rank,
+                world_size=here.size,
+                workers=recipe.data.workers,
+                captions=text,
+            )
+            share = own.batch_size // here.size
+            micro = share // settings.accumulate
+            mine = slice(here.rank * share, (here.rank + 1) * share)
+            for batch in batches:
+                # Every random number of a step comes from (seed, step), drawn for the global batch and then sliced:
+                # what a step does depends neither on the steps before it nor on the number of processes.
+                generator = generator_for(recipe.seed, TRAINING, step, device=here.device)
+                flips = torch.rand(own.batch_size, generator=generator, device=here.device)[mine] < 0.5
+                draw = objective.draw(own.batch_size, generator).rows(mine)
+                images, y = to_device(batch, here.device, reader)
+                if recipe.data.flip:
+                    images = mirror(images, flips)
+                latent_eps = None
+                if encoder.stochastic:
+                    shape = (own.batch_size, *denoiser.level_shapes[-1])
+                    latent_eps = torch.randn(shape, generator=generator, device=here.device)[mine]
+                x = encoder.encode(images, latent_eps)
 
-            set_lr(optimizer, settings, step)
-            loss = torch.zeros((), device=here.device)
-            for k in range(settings.accumulate):
-                rows = slice(k * micro, (k + 1) * micro)
-                last = k == settings.accumulate - 1
-                with nullcontext() if last or here.size == 1 else parallel_objective.no_sync(), autocast:  # type: ignore[operator]
-                    losses = parallel_objective(x[rows], None if labels is None else labels[rows], draw.rows(rows))
-                    part = losses["loss"].mean() / settings.accumulate
-                    part.backward()
-                loss += part.detach()
-            if settings.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            ema.update(denoiser, step)
-            pending.append(loss)
+                set_lr(optimizer, own, step - first)
+                loss = torch.zeros((), device=here.device)
+                for k in range(settings.accumulate):
+                    rows = slice(k * micro, (k + 1) * micro)
+                    last = k == settings.accumulate - 1
+                    with nullcontext() if last or here.size == 1 else parallel_objective.no_sync(), autocast:  # type: ignore[operator]
+                        losses = parallel_objective(x[rows], None if y is None else y[rows], draw.rows(rows))
+                        part = losses["loss"].mean() / settings.accumulate
+                        part.backward()
+                    loss += part.detach()
+                if settings.grad_clip is not None:
+                    torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                ema.update(denoiser, step)
+                pending.append(loss)
 
-            finished = step == settings.steps
-            due = finished or step % settings.log_every == 0
-            # A signal reaches the processes at different steps; they agree on when to stop where they meet anyway.
-            stop = interrupted() if here.size == 1 else due and here.any(interrupted())
-            save_now = finished or stop or step % settings.checkpoint_every == 0
-            if due or save_now:
-                values = check(pending, step - len(pending))
-                pending.clear()
-                log.losses(step, values, optimizer.param_groups[0]["lr"])
-            log.advance(step)
-            if test_set is not None and (finished or step % settings.validate_every == 0) and here.is_main:
-                log.scalar(step, "loss/validation", validation_loss(recipe, averaged, test_set))
-            if settings.sample_every and (finished or step % settings.sample_every == 0) and here.is_main:
-                log.grid(step, averaged, run / "samples")
-            if save_now:
-                save(step)
-            if stop and not finished:
-                raise KeyboardInterrupt
+                finished = step == settings.steps
+                due = finished or step % settings.log_every == 0 or step == first + own.steps
+                # A signal reaches the processes at different steps; they agree on when to stop where they meet anyway.
+                stop = interrupted() if here.size == 1 else due and here.any(interrupted())
+                save_now = finished or stop or step % settings.checkpoint_every == 0
+                if due or save_now:
+                    values = check(pending, step - len(pending) - first)
+                    pending.clear()
+                    log.losses(step, values, optimizer.param_groups[0]["lr"], own.batch_size)
+                log.advance(step)
+                if test_set is not None and (finished or step % settings.validate_every == 0) and here.is_main:
+                    log.scalar(step, "loss/validation", validation_loss(recipe, averaged, test_set, stage.levels))
+                if settings.sample_every and (finished or step % settings.sample_every == 0) and here.is_main:
+                    log.grid(step, averaged, run / "samples")
+                if save_now:
+                    save(step)
+                if stop and not finished:
+                    raise KeyboardInterrupt
         if not log.saw_steps and here.is_main:  # resumed after the end: make sure that the weights are there
             export(averaged, ema, run, step)
     averaged.denoiser.backbone = merged(averaged.denoiser.backbone).to(here.device)
@@ -203,8 +232,13 @@ def train(
     return averaged
 
 
-def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
-    """The recipe's training objective for this denoiser."""
+def make_objective(
+    recipe: Recipe, denoiser: Denoiser, levels: int | None = None, null: Text | None = None
+) -> Objective:
+    """The recipe's training objective for this denoiser, of the first `levels` of a pyramid (None: of all).
+
+    null: the empty caption, where the condition is captions.
+    """
     settings, path = recipe.objective, denoiser.interpolant
     weights = weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma)
     t_min, t_max = training_range(path, denoiser.target, weights, settings.time_eps)
@@ -224,7 +258,10 @@ def make_objective(recipe: Recipe, denoiser: Denoiser) -> Objective:
             mean=settings.time_mean,
             std=settings.time_std,
         ),
-        label_dropout=settings.label_dropout,
+        condition_dropout=settings.condition_dropout,
+        null=null,
+        level_weights=(settings.level_weights or (1.0,) * len(denoiser.level_shapes))[:levels],
+        level_shares=settings.level_shares[:levels] if levels is None else (),
         stratified=settings.stratified,
         vlb_weight=settings.vlb_weight,
     )
@@ -277,10 +314,38 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Images and labels on the device, without waiting for the copy."""
-    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-    return batch.images.to(device, non_blocking=True), labels
+def to_device(
+    batch: Batch, device: torch.device, captioner: Captioner | None = None
+) -> tuple[Tensor, Condition | None]:
+    """Images and labels, or captions as `captioner` reads them, on the device, without waiting for the copy."""
+    y: Condition | None = None
+    if captioner is not None:
+        assert batch.captions is not None
+        y = captioner.encode(batch.captions).to(device)
+    elif batch.labels is not None:
+        y = batch.labels.to(device, non_blocking=True)
+    return batch.images.to(device, non_blocking=True), y
+
+
+def encoder_of(dataset: ImageDataset | ImageStream, pipeline: Pipeline) -> Encoder:
+    """What makes x of the data set's batches."""
+    if not isinstance(dataset, CachedLatents):
+        return pipeline.representation
+    shapes = pipeline.denoiser.level_shapes
+    return dataset if len(shapes) == 1 else PyramidEncoder(dataset, shapes)
+
+
+def example_captions(dataset: ImageDataset | ImageStream) -> tuple[str, ...]:
+    """Up to `EXAMPLE_CAPTIONS` different ones, from all over the data set: what a model shows when it is not asked."""
+    if isinstance(dataset, ImageStream):
+        order = BatchOrder.over(dataset, EXAMPLE_CAPTIONS)
+        batch = next(iterate_batches(dataset, order, start_step=0, stop_step=1, captions=True))
+        return tuple(dict.fromkeys(batch.captions or ()))
+    if not isinstance(dataset, CaptionedDataset) or not dataset.has_captions:
+        return dataset.class_names[:EXAMPLE_CAPTIONS]
+    numbers = torch.linspace(0, len(dataset) - 1, min(4 * EXAMPLE_CAPTIONS, len(dataset))).long().tolist()
+    found = list(dict.fromkeys(options[0] for options in dataset.captions(numbers)))
+    return tuple(found[:: max(1, len(found) // EXAMPLE_CAPTIONS)][:EXAMPLE_CAPTIONS])
 
 
 def parameter_groups(backbone: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -322,7 +387,11 @@ def export(pipeline: Pipeline, ema: EMA[Denoiser], run: Path, step: int) -> None
 
     LoRA is merged into them; adapter/ holds that of model.safetensors alone.
     """
-    metadata = {"step": str(step), "class_names": json.dumps(list(pipeline.class_names))}
+    metadata = {
+        "step": str(step),
+        "class_names": json.dumps(list(pipeline.class_names)),
+        "prompts": json.dumps(list(pipeline.prompts)),
+    }
     backbone = pipeline.denoiser.backbone
     save_weights(merged(backbone), run / "model.safetensors", metadata)
     save_adapter(backbone, run / "adapter", pipeline.recipe.init)
@@ -331,19 +400,23 @@ def export(pipeline: Pipeline, ema: EMA[Denoiser], run: Path, step: int) -> None
 
 
 @torch.no_grad()
-def validation_loss(recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | ImageStream) -> float:
+def validation_loss(
+    recipe: Recipe, pipeline: Pipeline, dataset: ImageDataset | ImageStream, levels: int | None = None
+) -> float:
     """The objective's mean over (up to 2,048 of) the held-out examples, with the same noise every time."""
-    objective = make_objective(recipe, pipeline.denoiser)
-    encoder = dataset if isinstance(dataset, CachedLatents) else pipeline.representation
+    reader = pipeline.captioner if pipeline.denoiser.text else None
+    objective = make_objective(recipe, pipeline.denoiser, levels, None if reader is None else pipeline.no_caption)
+    encoder = encoder_of(dataset, pipeline)
     count = VALIDATION_EXAMPLES if isinstance(dataset, ImageStream) else min(len(dataset), VALIDATION_EXAMPLES)
     batch_size = min(256, count)
     order = BatchOrder.over(dataset, batch_size, 0)
+    batches = iterate_batches(dataset, order, start_step=0, stop_step=count // batch_size, captions=reader is not None)
     losses = []
-    for step, batch in enumerate(iterate_batches(dataset, order, start_step=0, stop_step=count // batch_size)):
+    for step, batch in enumerate(batches):
         generator = generator_for(0, VALIDATION, step, device=pipeline.device)
-        images, labels = to_device(batch, pipeline.device)
+        images, y = to_device(batch, pipeline.device, reader)
         x = encoder.encode(images)
-        losses.append(objective(x, labels, objective.draw(len(x), generator))["loss"])
+        losses.append(objective(x, y, objective.draw(len(x), generator))["loss"])
     return torch.cat(losses).mean().item()
 
 
@@ -423,18 +496,18 @@ class Log:
                     continue
             write_text(self.metrics, "".join(kept))
 
-    def losses(self, step: int, values: list[float], lr: float) -> None:
+    def losses(self, step: int, values: list[float], lr: float, batch_size: int) -> None:
         """The losses of the steps up to `step` since the last call."""
         if not (self.active and values):
             return
         now = time.perf_counter()
-        speed = (step - self.since[1]) * self.settings.batch_size / (now - self.since[0])
+        speed = (step - self.since[1]) * batch_size / (now - self.since[0])
         self.since = (now, step)
         mean = sum(values) / len(values)
         self.scalar(step, "loss/train", mean, lr=lr, images_per_second=speed)
         self.bar.update(self.task, loss=f"loss {mean:.4f}", speed=f"{speed:,.0f} images/s")
         if not self.quiet and not console.is_terminal:
-            left = (self.settings.steps - step) * self.settings.batch_size / speed
+            left = (self.settings.steps - step) * batch_size / speed
             console.print(
                 f"step {step}/{self.settings.steps}  loss {mean:.4f}  {speed:,.0f} images/s  {left:.0f} s left"
             )
@@ -451,7 +524,11 @@ class Log:
         """Samples of the averaged model, always from the same noise."""
         classes = pipeline.denoiser.num_classes
         images = sample(pipeline, count=8 * min(classes, 10) if classes else 64)
-        save_grid(images, folder / f"step-{step:08d}.png", columns=8)
+        name = folder / f"step-{step:08d}"
+        if images.ndim == 5:
+            save_video(images, name.with_suffix(".gif"), columns=8)
+        else:
+            save_grid(images, name.with_suffix(".png"), columns=8)
 
     def advance(self, step: int) -> None:
         self.saw_steps = True

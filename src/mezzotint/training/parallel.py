@@ -27,12 +27,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with its gradients averaged over all processes during backward."""
+    def wrap(self, module: nn.Module, *, partial: bool = False) -> nn.Module:
+        """`module` with its gradients averaged over all processes during backward; `partial`: not all take part."""
         if self.size == 1:
             return module
         on_gpu = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=on_gpu, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module, device_ids=on_gpu, broadcast_buffers=False, find_unused_parameters=partial
+        )
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over all processes."""

@@ -1,0 +1,259 @@
+"""Tar shards of images with captions or labels, the format of WebDataset.
+
+Read by Python's `tarfile`: the library `webdataset` keeps its place in a running pipeline, while here the example of
+every number must follow from the seed alone. Only headers are read in order; the bytes of an example are read where
+they lie, when it is decoded.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mezzotint.data.base import Example, ShuffledStream, content_identity
+from mezzotint.data.captions import caption_in
+from mezzotint.data.folder import IMAGES
+from mezzotint.data.splits import SPLIT_NAMES, check_split, held_out, pick_split
+from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
+from mezzotint.errors import MezzotintError
+
+CLASS_NAMES = "classnames.txt"
+"""The file beside the shards, or one folder up, that names the classes, one a line."""
+
+
+class TarExample(NamedTuple):
+    """The files of an example: where in a shard they lie."""
+
+    shard: Path
+    key: str
+    places: Mapping[str, tuple[int, int]]  # offset and size in bytes, by the part of the file name after its first dot
+
+    def read(self, extension: str) -> bytes:
+        offset, size = self.places[extension]
+        with open(self.shard, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    @property
+    def image(self) -> str | None:
+        """The extension of its image: of several, the one with the fewest dots, so jpg rather than mask.png."""
+        images = (extension for extension in self.places if f".{extension}".endswith(IMAGES.endings))
+        return min(images, key=lambda extension: extension.count("."), default=None)
+
+    def captions(self, caption_column: str | None) -> tuple[str, ...]:
+        """From its .txt, else from its .json; none where both are missing."""
+        if "txt" in self.places and caption_column is None:
+            return (self.read("txt").decode("utf-8").strip(),)
+        entry: Any = json.loads(self.read("json")) if "json" in self.places else None
+        return caption_in(entry, caption_column) or () if isinstance(entry, dict) else ()
+
+
+class TarStream(ShuffledStream):
+    """An `ImageStream` over tar shards; see `web_dataset`."""
+
+    def __init__(
+        self, shards: Sequence[Path], *, captioned: bool, caption_column: str | None, shuffle_buffer: int, **about: Any
+    ) -> None:
+        super().__init__(**about)
+        self.shards, self.shuffle_buffer = tuple(shards), shuffle_buffer
+        self.captioned, self.caption_column = captioned, caption_column
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captioned
+
+    def rows(self, epoch: int, seed: int) -> Iterator[TarExample]:
+        """The shards in random order, their examples shuffled within a buffer."""
+        generator = np.random.default_rng((seed, epoch))
+        order = generator.permutation(len(self.shards))
+        buffer: list[TarExample] = []
+        for row in (row for number in order for row in shard_examples(self.shards[number])):
+            if len(buffer) < self.shuffle_buffer:
+                buffer.append(row)
+            else:
+                place = int(generator.integers(len(buffer)))
+                row, buffer[place] = buffer[place], row
+                yield row
+        yield from (buffer[place] for place in generator.permutation(len(buffer)))
+
+    def decode_row(self, row: TarExample) -> Example:
+        if row.image is None:
+            raise ValueError("the image is missing")
+        captions = row.captions(self.caption_column) if self.captioned else ()
+        if self.captioned and not captions:
+            raise ValueError("the caption is missing")
+        label = self._label(row) if self.class_names else -1
+        with Image.open(io.BytesIO(row.read(row.image))) as picture:
+            return Example(picture_to_tensor(picture, self.image_shape), label, captions)
+
+    def row_name(self, row: TarExample, number: int) -> str:
+        return f"{row.key} (example {number}) in {row.shard}"
+
+    def _label(self, row: TarExample) -> int:
+        label = int(row.read("cls"))
+        if not 0 <= label < len(self.class_names):
+            raise MezzotintError(
+                f"{row.key} in {row.shard} has the label {label}, expected 0 to {len(self.class_names) - 1}; mend "
+                f"{CLASS_NAMES} or set data.labels=false"
+            )
+        return label
+
+
+def web_dataset(
+    path: str | Path,
+    size: int,
+    split: str = "train",
+    channels: int = 3,
+    labels: bool = True,
+    caption_column: str | None = None,
+    test_fraction: float = 0.0,
+    shuffle_buffer: int = 1000,
+    max_unreadable: int = 10,
+) -> TarStream:
+    """An endless stream of the examples in tar shards: an image, with a caption in .txt or .json, or a label in .cls.
+
+    `path` is a folder of ``.tar`` files, perhaps with sub-folders train and test, or a pattern such as
+    ``shards/{00000..00099}.tar`` or ``shards/train-*.tar``. What the first example has, all must have: an example
+    without counts as unreadable. The key of the caption in .json is `caption_column`, by default text, caption or
+    captions. Labels count from 0 and need the file `CLASS_NAMES`. Shards come in random order, their examples shuffled
+    within `shuffle_buffer`; `test_fraction` holds whole shards out. Images become squares of `size` pixels by
+    `adm_center_crop`. Raises `MezzotintError` for shards that are missing, empty or no tar files, a split that is not
+    there, and labels without names.
+    """
+    check_split(split)
+    check_channels(channels)
+    check_size(size)
+    if shuffle_buffer < 1:
+        raise MezzotintError(f"data.shuffle_buffer is {shuffle_buffer}; expected at least 1, which does not shuffle")
+    shards = _shards(str(path), split, test_fraction)
+    first = next((row for shard in shards for row in shard_examples(shard)), None)
+    if first is None:
+        raise MezzotintError(f"the tar shards of {path} hold no examples; check data.path")
+    class_names: tuple[str, ...] = ()
+    if labels and "cls" in first.places:
+        class_names = _class_names(first.shard)
+    captioned = _has_captions(first, caption_column)
+
+    place = Path(path).expanduser().resolve()
+    name = place.name if place.is_dir() else place.parent.name  # of a pattern, where it is
+    shape = (channels, size, size)
+    content = [f"{shard.name}\0{shard.stat().st_size}".encode() for shard in shards]
+    content.append(repr((sorted(first.places), caption_column)).encode())
+    return TarStream(
+        shards,
+        captioned=captioned,
+        caption_column=caption_column,
+        shuffle_buffer=shuffle_buffer,
+        image_shape=shape,
+        class_names=class_names,
+        identity=content_identity(name, split, shape, class_names, content),
+        max_unreadable=max_unreadable,
+    )
+
+
+def shard_examples(shard: Path) -> Iterator[TarExample]:
+    """The examples in a shard, one after another: neighbouring files whose paths agree up to the first dot of the name.
+
+    Raises `MezzotintError` for a file that is no uncompressed tar file, or cut off.
+    """
+    key: str | None = None
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                end = member.offset_data - (-member.size // 512) * 512
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                if not member.isreg() or not stem or not extension:
+                    continue
+                if (here := os.path.join(folder, stem)) != key:
+                    if key is not None:
+                        yield TarExample(shard, key, places)
+                    key, places = here, {}
+                places[extension.lower()] = member.offset_data, member.size
+        with open(shard, "rb") as file:  # `tarfile` takes whatever is no header for the end
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"it breaks off after {end} bytes")
+    except (OSError, tarfile.TarError) as error:
+        raise MezzotintError(
+            f"tar shard {shard} cannot be read ({error}); expected a whole, uncompressed tar file, so fetch it "
+            "again or remove it"
+        ) from error
+    if key is not None:
+        yield TarExample(shard, key, places)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}b`` as a00b, a01b, a02b, and ``{x,y}`` as x, y, as shells do it, any number of times."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, listed = match.groups()
+    words = listed.split(",") if listed else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [pattern[: match.start()] + word + rest for word in words for rest in expand_braces(pattern[match.end() :])]
+
+
+def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        known = [name for names in SPLIT_NAMES.values() for name in names if (folder / name).is_dir()]
+        parts = {name: folder / name for name in known} or {"train": folder}
+        where = pick_split(parts, split, test_fraction, f"folder of tar shards {folder}")
+        shards = sorted(where.glob("*.tar"))
+    else:
+        where = folder
+        pick_split({"train": folder}, split, test_fraction, f"the tar shards {path}")
+        words = expand_braces(str(folder))
+        if missing := [word for word in words if not glob.has_magic(word) and not os.path.isfile(word)]:
+            raise MezzotintError(
+                f"{len(missing)} of the {len(words)} tar shards of {path} are missing, the first one {missing[0]}; "
+                "set data.path to a folder of .tar files or a pattern like shards/{00000..00099}.tar"
+            )
+        shards = [
+            Path(name) for word in words for name in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])
+        ]
+    if not shards:
+        raise MezzotintError(
+            f"{where} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"
+        )
+    if test_fraction and len(shards) == 1:
+        raise MezzotintError(
+            f"{where} has one tar shard, and data.test_fraction holds whole shards out; set it to 0 or split the shard"
+        )
+    return [shards[i] for i in held_out(len(shards), split, test_fraction)]
+
+
+def _class_names(shard: Path) -> tuple[str, ...]:
+    for folder in (shard.parent, shard.parent.parent):
+        if (file := folder / CLASS_NAMES).is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    raise MezzotintError(
+        f"{shard} has labels, but there is no file {shard.parent / CLASS_NAMES} to name the classes; write one, a name "
+        "a line, or set data.labels=false"
+    )
+
+
+def _has_captions(first: TarExample, caption_column: str | None) -> bool:
+    try:
+        found = bool(first.captions(caption_column))
+    except ValueError as error:
+        raise MezzotintError(f"the caption of {first.key} in {first.shard} cannot be read ({error}); mend it") from None
+    if caption_column is not None and not found:
+        raise MezzotintError(
+            f"{first.key} in {first.shard} has no caption under the key {caption_column!r} of a .json file; set "
+            "data.caption_column to another key"
+        )
+    return found

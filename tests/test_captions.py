@@ -1,0 +1,393 @@
+"""Captions: folders with metadata.jsonl, tar shards, Hugging Face columns, and how they reach a batch."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mezzotint.data import Batch, BatchOrder, ImageStream, InMemoryImages, captions_of, check_captions, digits, load
+from mezzotint.data import iterate_batches as iterate
+from mezzotint.data.base import DecodedImages
+from mezzotint.data.tar_shards import TarStream, expand_braces
+from mezzotint.errors import MezzotintError
+
+COUNT = 12
+
+
+def picture(i: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+def png(i: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(i).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(i: int) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture(i))).permute(2, 0, 1)
+
+
+def write_captioned(folder: Path, numbers: range, entries: list[dict] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in numbers:
+        picture(i).save(folder / f"{i:02}.png")
+    if entries is None:
+        entries = [{"file_name": f"{i:02}.png", "text": f"picture {i}"} for i in numbers]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return folder
+
+
+def write_shard(path: Path, examples: list[dict[str, bytes]], first: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i, example in enumerate(examples, first):
+            for extension, data in example.items():
+                info = tarfile.TarInfo(f"data/{i:04}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def captioned_example(i: int) -> dict[str, bytes]:
+    return {"png": png(i), "txt": f"picture {i}\n".encode()}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for shard in range(3):
+        examples = [captioned_example(i) for i in range(4 * shard, 4 * shard + 4)]
+        write_shard(tmp_path / "shards" / f"{shard:03}.tar", examples, 4 * shard)
+    return tmp_path / "shards"
+
+
+def batches(dataset: object, steps: range = range(5), seed: int = 1, **options: object) -> list[Batch]:
+    order = BatchOrder.over(dataset, 4, seed)
+    return list(iterate(dataset, order, start_step=steps.start, stop_step=steps.stop, captions=True, **options))
+
+
+def number_of(image: torch.Tensor) -> int:
+    """Which `picture` a float image is."""
+    levels = ((image + 1) * 127.5).round().to(torch.uint8)
+    return next(i for i in range(COUNT) if torch.equal(levels, pixels(i)))
+
+
+# --------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture(params=["memory", "folder", "shards", "hub", "hub stream"])
+def captioned(request: pytest.FixtureRequest, tmp_path: Path, shards: Path) -> object:
+    """`COUNT` pictures; number i has three captions, "i a" to "i c", except in the shards and in the folder."""
+    several = [[f"picture {i}", f"{i} b", f"{i} c"] for i in range(COUNT)]
+    if request.param == "memory":
+        return InMemoryImages(torch.stack([pixels(i) for i in range(COUNT)]), None, (), "memory", several)
+    if request.param == "folder":
+        entries = [{"file_name": f"{i:02}.png", "captions": texts} for i, texts in enumerate(several)]
+        return load("captions", path=write_captioned(tmp_path / "folder", range(COUNT), entries), size=8)
+    if request.param == "shards":
+        return load("webdataset", path=shards, size=8, shuffle_buffer=5)
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [picture(i) for i in range(COUNT)], "notes": several}
+    features = datasets.Features({"image": datasets.Image(), "notes": datasets.Sequence(datasets.Value("string"))})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "hub")
+    stream = {"streaming": True, "shuffle_buffer": 5} if request.param == "hub stream" else {}
+    return load("huggingface", path=tmp_path / "hub", size=8, caption_column="notes", **stream)
+
+
+def test_captions_belong_to_their_images(captioned: object) -> None:
+    for batch in batches(captioned):
+        assert batch.labels is None
+        assert batch.captions is not None
+        for image, caption in zip(batch.images, batch.captions, strict=True):
+            assert caption.removeprefix("picture ").split()[0] == str(number_of(image))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_runs_and_all_processes_see_the_same_captions(captioned: object, workers: int) -> None:
+    whole = batches(captioned)
+    resumed = batches(captioned, range(2, 5), workers=workers)
+    assert [batch.captions for batch in resumed] == [batch.captions for batch in whole[2:]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(resumed, whole[2:], strict=True))
+    ranks = [batches(captioned, range(2, 5), rank=rank, world_size=2) for rank in range(2)]
+    assert [a.captions + b.captions for a, b in zip(*ranks, strict=True)] == [batch.captions for batch in whole[2:]]
+
+
+def test_every_caption_has_its_turn() -> None:
+    images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    dataset = InMemoryImages(images, None, (), "two", [["a", "b", "c"], "d"])
+    seen = Counter(c for batch in batches(dataset, range(600)) for c in batch.captions or ())
+    assert seen["d"] == 1200
+    assert all(abs(seen[c] - 400) < 4 * (1200 * 2 / 9) ** 0.5 for c in "abc")  # four standard deviations
+    one, other = ([batch.captions for batch in batches(dataset, seed=seed)] for seed in (1, 2))
+    assert one != other
+
+
+def test_class_names_stand_in_for_captions() -> None:
+    dataset = digits()
+    for batch in batches(dataset):
+        assert batch.captions == tuple(str(label) for label in batch.labels.tolist())
+    assert captions_of(dataset, [5, 7], dataset.labels[[5, 7]]) == [(str(int(dataset.labels[i])),) for i in (5, 7)]
+
+
+def test_class_names_stand_in_for_captions_of_a_stream(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [{"png": png(i), "cls": str(i % 2).encode()} for i in range(COUNT)])
+    (tmp_path / "classnames.txt").write_text("even\nodd\n")
+    stream = load("webdataset", path=tmp_path, size=8)
+    assert stream.class_names == ("even", "odd")
+    for batch in batches(stream):
+        assert batch.captions == tuple(("even", "odd")[number_of(image) % 2] for image in batch.images)
+        assert batch.labels.tolist() == [number_of(image) % 2 for image in batch.images]
+
+
+def test_captions_come_only_when_asked_for(captioned: object) -> None:
+    order = BatchOrder.over(captioned, 4)
+    assert next(iterate(captioned, order, start_step=0, stop_step=1)).captions is None
+
+
+def test_neither_captions_nor_classes() -> None:
+    dataset = digits(labels=False)
+    with pytest.raises(MezzotintError, match=r"neither captions nor classes, .* e.g. data=captions:PATH"):
+        batches(dataset)
+    with pytest.raises(MezzotintError, match="neither captions nor classes"):
+        check_captions(dataset)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_caption_of_an_unreadable_image_is_that_of_its_stand_in(tmp_path: Path, workers: int) -> None:
+    folder = write_captioned(tmp_path, range(COUNT))
+    for i in (3, 4, 11):
+        (folder / f"{i:02}.png").write_bytes(b"broken")
+    dataset = load("captions", path=folder, size=8)
+    for batch in batches(dataset, range(6), workers=workers):
+        expected = [{3: 5, 4: 5, 11: 0}.get(i, i) for i in batch.indices.tolist()]
+        assert [number_of(image) for image in batch.images] == expected
+        assert batch.captions == tuple(f"picture {i}" for i in expected)
+
+
+# ---------------------------------------------------------------------------------------------- folder
+
+
+def test_folder_captions_in_all_their_forms(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    picture(3).save(tmp_path / "deep" / "03.png")
+    entries = [
+        {"file_name": "00.png", "text": "one, with \u2028 a line separator", "other": 1},
+        {"file_name": "01.png", "caption": "two"},
+        {"file_name": "./02.png", "captions": ["three", "drei"]},
+        {"file_name": "deep/03.png", "text": "four"},
+        {"file_name": "00.png", "text": "eins"},
+    ]
+    dataset = load("captions", path=write_captioned(tmp_path, range(3), entries), size=8)
+    assert isinstance(dataset, DecodedImages)
+    text = (tmp_path / "metadata.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text("\n" + text.replace("\\u2028", "\u2028"), encoding="utf-8")
+    again = load("captions", path=tmp_path, size=8)
+    expected = [("one, with \u2028 a line separator", "eins"), ("two",), ("three", "drei"), ("four",)]
+    assert dataset.captions(range(4)) == again.captions(range(4)) == expected
+    assert dataset.identity == again.identity
+    assert dataset.class_names == ()
+    assert torch.equal(dataset[3][0], pixels(3))
+
+
+def test_folder_identity_depends_on_the_captions(tmp_path: Path) -> None:
+    before = load("captions", path=write_captioned(tmp_path, range(2)), size=8).identity
+    entries = [{"file_name": f"{i:02}.png", "text": f"another {i}"} for i in range(2)]
+    assert load("captions", path=write_captioned(tmp_path, range(2), entries), size=8).identity != before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_folder_splits(tmp_path: Path, shared: bool) -> None:
+    for split, numbers in (("train", range(4)), ("validation", range(4, 6))):
+        write_captioned(tmp_path / split, numbers)
+        if shared:
+            lines = (tmp_path / split / "metadata.jsonl").read_text().replace('e": "', f'e": "{split}/')
+            (tmp_path / split / "metadata.jsonl").unlink()
+            with open(tmp_path / "metadata.jsonl", "a") as file:
+                file.write(lines)
+    train, test = (load("captions", split, path=tmp_path, size=8) for split in ("train", "test"))
+    assert train.captions(range(4)) == [(f"picture {i}",) for i in range(4)]
+    assert test.captions([1]) == [("picture 5",)]
+    with pytest.raises(MezzotintError, match="a test split of its own, 'validation'"):
+        load("captions", path=tmp_path, size=8, test_fraction=0.1)
+
+
+def test_folder_holds_images_out_with_their_captions(tmp_path: Path) -> None:
+    write_captioned(tmp_path, range(10))
+    parts = [load("captions", split, path=tmp_path, size=8, test_fraction=0.3) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [7, 3]
+    for part in parts:
+        for i in range(len(part)):
+            assert part.captions([i]) == [(f"picture {number_of(part[i][0] / 127.5 - 1)}",)]
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "sentence"),
+    [
+        ('{"file_name": "00.png", "text"', {}, r"line 2 of .*metadata.jsonl is not JSON .*; expected one object per"),
+        ('["00.png"]', {}, "line 2 of .* names no file"),
+        ('{"file": "00.png", "text": "x"}', {}, "line 2 of .* names no file"),
+        ('{"file_name": "01.png", "title": "x"}', {}, "line 2 of .* no caption; .* under the key text or caption or"),
+        ('{"file_name": "01.png", "text": []}', {}, "line 2 of .* no caption"),
+        ('{"file_name": "01.png", "text": 5}', {}, "line 2 of .* no caption"),
+        ('{"file_name": "01.png", "text": "x"}', {"caption_column": "title"}, "line 1 of .* no caption; .* key title"),
+        ('{"file_name": "77.png", "text": "x"}', {}, "names 1 images that are not there: 77.png; add the files"),
+        ("", {}, "1 images have no caption in .*: 01.png; add a line for each"),
+    ],
+)
+def test_folder_explains_a_bad_file(tmp_path: Path, line: str, options: dict, sentence: str) -> None:
+    write_captioned(tmp_path, range(2))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "zero"}\n' + line)
+    with pytest.raises(MezzotintError, match=sentence):
+        load("captions", path=tmp_path, size=8, **options)
+
+
+def test_folder_without_a_file(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "0.png")
+    with pytest.raises(MezzotintError, match=r"no file metadata.jsonl; write one .* or use data=folder:PATH"):
+        load("captions", path=tmp_path, size=8)
+
+
+# ------------------------------------------------------------------------------------------ tar shards
+
+
+def take(stream: ImageStream, start: int, count: int, seed: int = 3) -> list:
+    return list(islice(stream.read(start, seed), count))
+
+
+@pytest.mark.parametrize("start", [0, 1, 11, 12, 13, 40])
+def test_shards_can_be_entered_anywhere(shards: Path, start: int) -> None:
+    stream = load("webdataset", path=shards, size=8, shuffle_buffer=5)
+    assert take(stream, start, 15) == take(stream, 0, start + 15)[start:]
+
+
+def test_shards_are_shuffled_anew_every_epoch(shards: Path) -> None:
+    stream = load("webdataset", path=shards, size=8, shuffle_buffer=5)
+    keys = [example.row.key for example in take(stream, 0, 24)]
+    everything = sorted(f"data/{i:04}" for i in range(COUNT))
+    assert sorted(keys[:12]) == sorted(keys[12:]) == everything
+    assert keys[:12] != keys[12:]
+    assert keys[:12] != [example.row.key for example in take(stream, 0, 12, seed=4)]
+    unshuffled = load("webdataset", path=shards, size=8, shuffle_buffer=1)
+    keys = [example.row.key for example in take(unshuffled, 0, 12)]
+    assert {tuple(keys[i : i + 4]) for i in (0, 4, 8)} == {tuple(everything[i : i + 4]) for i in (0, 4, 8)}
+
+
+def test_shards_by_pattern_split_and_fraction(shards: Path) -> None:
+    def keys(**options: object) -> set[str]:
+        stream = load("webdataset", size=8, **options)
+        assert isinstance(stream, TarStream)
+        return {shard.name for shard in stream.shards}
+
+    assert keys(path=shards) == keys(path=f"{shards}/{{000..002}}.tar") == keys(path=f"{shards}/0*.tar")
+    assert keys(path=f"{shards}/{{000,002}}.tar") == {"000.tar", "002.tar"}
+    train, test = (keys(path=shards, split=split, test_fraction=0.3) for split in ("train", "test"))
+    assert (len(train), len(test)) == (2, 1)
+    assert train | test == keys(path=shards)
+    (shards / "test").mkdir()
+    (shards / "train").mkdir()
+    (shards / "000.tar").rename(shards / "test" / "000.tar")
+    (shards / "001.tar").rename(shards / "train" / "001.tar")
+    assert keys(path=shards, split="test") == {"000.tar"}
+    assert keys(path=shards) == {"001.tar"}
+
+
+def test_braces_are_those_of_shells() -> None:
+    assert expand_braces("a{08..11}b") == ["a08b", "a09b", "a10b", "a11b"]
+    assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+def test_shards_with_json_captions(tmp_path: Path) -> None:
+    entries = [{"caption": ["one", "uno"], "title": "t0"}, {"caption": "two", "title": "t1"}]
+    examples = [
+        {"mask.png": png(9), "png": png(i), "json": json.dumps(entry).encode()} for i, entry in enumerate(entries)
+    ]
+    write_shard(tmp_path / "0.tar", examples)
+    for options, expected in (({}, {("one", "uno"), ("two",)}), ({"caption_column": "title"}, {("t0",), ("t1",)})):
+        stream = load("webdataset", path=tmp_path, size=8, **options)
+        window = take(stream, 0, 2)
+        assert {stream.decode(window, i).captions for i in range(2)} == expected
+        assert {number_of(stream.decode(window, i).image / 127.5 - 1) for i in range(2)} == {0, 1}
+    with pytest.raises(MezzotintError, match="no caption under the key 'nope'"):
+        load("webdataset", path=tmp_path, size=8, caption_column="nope")
+
+
+def test_broken_examples_of_shards_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    examples = [captioned_example(i) for i in range(6)]
+    examples[1]["png"] = b"broken"
+    del examples[3]["txt"]
+    del examples[5]["png"]
+    write_shard(tmp_path / "0.tar", examples)
+    stream = load("webdataset", path=tmp_path, size=8, shuffle_buffer=1, max_unreadable=3)
+    window = take(stream, 0, 6)
+    decoded = [stream.decode(window, i) for i in range(6)]
+    by_key = {example.row.key: got for example, got in zip(window, decoded, strict=True)}
+    assert all(got.captions[0] in {"picture 0", "picture 2", "picture 4"} for got in decoded)
+    assert by_key["data/0001"].captions == ("picture 2",)
+    assert len(caplog.messages) == 3
+    assert all("in " + str(tmp_path / "0.tar") in message for message in caplog.messages)
+    few = load("webdataset", path=tmp_path, size=8, max_unreadable=2)
+    with pytest.raises(MezzotintError, match="3 images cannot be read, and at most 2 may be skipped"):
+        [few.decode(window, i) for i in range(6)]
+
+
+def test_shards_explain_mistakes(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_shard(tmp_path / "blank" / "0.tar", [])
+    write_shard(tmp_path / "cls" / "0.tar", [{"png": png(0), "cls": b"0"}])
+    cases = [
+        ({"path": tmp_path / "empty"}, "has no tar shards; set data.path to a folder of .tar files"),
+        ({"path": tmp_path / "blank"}, "hold no examples"),
+        ({"path": f"{shards}/{{000..004}}.tar"}, r"2 of the 5 tar shards .* are missing, the first one .*003.tar"),
+        ({"path": f"{shards}/9*.tar"}, "has no tar shards"),
+        ({"path": tmp_path / "cls"}, "has labels, but there is no file .*classnames.txt"),
+        ({"path": tmp_path / "cls", "labels": False, "test_fraction": 0.5}, "holds whole shards out"),
+        ({"path": shards, "split": "test"}, "no test split, only train; set data.test_fraction"),
+        ({"path": shards, "shuffle_buffer": 0}, "shuffle_buffer is 0; expected at least 1"),
+    ]
+    for options, sentence in cases:
+        with pytest.raises(MezzotintError, match=sentence):
+            load("webdataset", size=8, **options)
+    (tmp_path / "cls" / "classnames.txt").write_text("zero\n")
+    write_shard(tmp_path / "cls" / "0.tar", [{"png": png(0), "cls": b"1"}])
+    stream = load("webdataset", path=tmp_path / "cls", size=8)
+    with pytest.raises(MezzotintError, match=r"label 1, expected 0 to 0; mend classnames.txt"):
+        stream.decode(take(stream, 0, 1), 0)
+
+
+@pytest.mark.parametrize("keep", [0, 700, 1024, 3000, 3072])
+def test_shards_that_break_off_are_named(shards: Path, keep: int) -> None:
+    data = (shards / "001.tar").read_bytes()
+    (shards / "001.tar").write_bytes(data[:keep])
+    stream = load("webdataset", path=shards, size=8)
+    with pytest.raises(MezzotintError, match=r"001.tar cannot be read .*; expected a whole, uncompressed tar file"):
+        take(stream, 0, 12)
+
+
+# ---------------------------------------------------------------------------------------- Hugging Face
+
+
+def test_hugging_face_captions_and_labels(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [picture(i) for i in range(4)], "kind": [0, 1, 0, 1], "text": [f"picture {i}" for i in range(4)]}
+    rows["text"][2] = None
+    features = datasets.Features(
+        {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]), "text": datasets.Value("string")}
+    )
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    dataset = load("huggingface", path=tmp_path, size=8, caption_column="text")
+    assert dataset.class_names == ("x", "y")
+    assert torch.equal(dataset[2][0], pixels(3))  # without a caption, it counts as unreadable
+    assert dataset.captions([1, 2, 3]) == [("picture 1",), ("picture 3",), ("picture 3",)]
+    assert load("huggingface", path=tmp_path, size=8).identity != dataset.identity
+    for wanted, sentence in (("kind", "not captions; expected strings"), ("txt", "no column 'txt'; closest: text")):
+        with pytest.raises(MezzotintError, match=sentence):
+            load("huggingface", path=tmp_path, size=8, caption_column=wanted)
