@@ -111,7 +111,14 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help='Class names or numbers, e.g. "3, 8"; "null" is no class. Default: all in turn.')
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: 10 a class, at most 100.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A caption, again for more. Default: some that the model was trained with.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a caption on each line.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="A caption that guidance leads away from.")] = "",
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images in all. Default: 10 a class or caption, at most 100.")
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="ddpm, ddim, ode-euler, ode-heun, ode-rk4, ode-dopri5, sde-<w>, sde-heun-<w>, dpm-solver++."),
@@ -124,8 +131,13 @@ def sample(
     precision: Precision = "fp32",
     compiled: Compiled = False,
     out: Annotated[
-        Path | None, typer.Option(help="The grid PNG to write; default: samples.png in the run folder, else here.")
+        Path | None,
+        typer.Option(help="The grid to write; default: samples.png, or .gif of clips, in the run folder, else here."),
     ] = None,
+    levels: Annotated[
+        Path | None, typer.Option(help="Also a PNG of all resolutions of a Matryoshka network side by side.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Clips: frames per second, in a .gif or an .mp4.")] = 8.0,
     png: Annotated[Path | None, typer.Option(help="Also write every image as a PNG into this folder.")] = None,
     npz: Annotated[
         Path | None,
@@ -142,49 +154,58 @@ def sample(
     from mezzotint import images as output
     from mezzotint.archive import read_npz_images, sample_to_npz
     from mezzotint.pipeline import sample as draw
+    from mezzotint.pipeline import sample_levels
     from mezzotint.training.parallel import rank_and_size
 
     rank, world_size = rank_and_size()
     names = None if classes is None else [name for name in (part.strip() for part in classes.split(",")) if name]
     if names == []:
         raise MezzotintError("--classes names no class; give names or numbers with commas between, or leave it out")
+    captions = _captions(prompt or [], prompts)
     if npz is None and world_size > 1:
         raise MezzotintError("several processes can draw into one .npz only; give --npz, or start one process")
     if npz is None and (count or 0) > MAX_IN_MEMORY:
         raise MezzotintError(f"{count} images are too many to keep in memory; give --npz, which is written in parts")
-    if npz is not None and trajectory is not None:
-        raise MezzotintError("--npz and --trajectory do not go together; draw trajectories by a command of their own")
+    if sum(option is not None for option in (npz, trajectory, levels)) > 1:
+        raise MezzotintError("--npz, --trajectory and --levels do not go together; give one of them in each command")
     pipeline = open_model(
         model, overrides or [], weights=weights, device=device, sampler=sampler, steps=steps, guidance=guidance
     )
     pipeline.prepare(precision, compiled=compiled)
-    count = count or min(100, 10 * (len(names) if names else pipeline.denoiser.num_classes or 10))
-    if npz is None:
-        drawn = draw(
-            pipeline, names, count, seed=seed, batch_size=batch_size, progress=True, trajectory=trajectory is not None
-        )
-        final = drawn[-1] if trajectory else drawn
-    else:
-        sample_to_npz(
-            pipeline,
-            npz,
-            names,
-            count,
-            seed=seed,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            progress=rank == 0,
-        )
+    clips = pipeline.recipe.data.frames > 0
+    if clips and (npz, png, trajectory, levels) != (None, None, None, None):
+        raise MezzotintError("clips are written by --out alone, as a .gif or an .mp4; leave the other outputs out")
+    asked = names or captions or pipeline.prompts or range(pipeline.denoiser.num_classes)
+    each = 1 if asked is pipeline.prompts else 10
+    count = count or min(100, each * (len(asked) or 10))
+    options: dict[str, Any] = {
+        "prompts": captions, "negative_prompt": negative_prompt, "seed": seed, "batch_size": batch_size,
+    }  # fmt: skip
+    pyramid = []
+    if npz is not None:
+        options |= {"rank": rank, "world_size": world_size, "progress": rank == 0}
+        sample_to_npz(pipeline, npz, names, count, **options)
         if rank > 0:
             return
         every = max(1, count // MAX_GRID)
         final = read_npz_images(npz, range(0, count, every)[:MAX_GRID])
-    shown = names or range(pipeline.denoiser.num_classes)
-    columns = len(final) // len(shown) if len(shown) > 1 and len(final) % len(shown) == 0 else 10
-    out = out or (_run_folder(model) or Path()) / "samples.png"
-    output.save_grid(final, out, columns=min(columns, 20))
+    elif levels is not None:
+        pyramid = sample_levels(pipeline, names, count, progress=True, **options)
+        final = pyramid[-1]
+    else:
+        drawn = draw(pipeline, names, count, progress=True, trajectory=trajectory is not None, **options)
+        final = drawn[-1] if trajectory else drawn
+    columns = len(final) // len(asked) if 1 < len(asked) < len(final) and len(final) % len(asked) == 0 else 10
+    columns = min(columns, 20)
+    out = out or (_run_folder(model) or Path()) / ("samples.gif" if clips else "samples.png")
+    if clips:
+        output.save_video(final, out, fps, columns=columns)
+    else:
+        output.save_grid(final, out, columns=columns)
     written = [out]
+    if levels is not None:
+        output.save_pyramid_grid(pyramid, levels, columns=min(columns, 4))
+        written.append(levels)
     if png is not None:
         for start in range(0, count, MAX_IN_MEMORY):
             rows = range(start, min(start + MAX_IN_MEMORY, count))
@@ -197,6 +218,18 @@ def sample(
         written.append(trajectory)
     for path in written:
         results.print(str(path), soft_wrap=True)
+
+
+def _captions(given: list[str], file: Path | None) -> list[str] | None:
+    """The captions of the command line and of a file."""
+    if file is not None:
+        try:
+            given = given + [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise MezzotintError(f"{file} is not a text of captions, one a line, in UTF-8") from None
+        if not given:
+            raise MezzotintError(f"{file} holds no captions; expected one on each line")
+    return given or None
 
 
 @app.command()
@@ -240,6 +273,12 @@ def evaluate(
     ] = False,
     intervals: Annotated[
         int, typer.Option(min=0, help="Also its 95 % bootstrap interval, from so many resamplings.")
+    ] = 0,
+    captions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Also: of so many captions, how many samples are nearer to their own image than to 9 others."
+        ),
     ] = 0,
     likelihood: Annotated[
         int, typer.Option(min=0, help="Also the exact bits per dimension of so many held-out images (slow).")
@@ -293,6 +332,7 @@ def evaluate(
             weights=feature_weights,
             count=count,
             guidance=guidance,
+            captions=captions,
             likelihood=likelihood,
             infinity=infinity,
             intervals=intervals,
@@ -551,6 +591,13 @@ def print_scores(scores: dict[str, Any]) -> None:
     for row in dict.fromkeys(rows):
         table.add_row(row, *(_figure(figures.get(row)) for figures in sets.values()))
     results.print(table)
+    for split, what in (("train", "training"), ("test", "held-out")):
+        if (found := scores.get(f"captions, {split}")) is not None:
+            score = f"; CLIP score {found['CLIP score']:.2f}" if "CLIP score" in found else ""
+            results.print(
+                f"caption agreement, {found['captions']} {what} captions: {found['caption agreement']:.1%} "
+                f"(nearer to its own image than to 9 others; chance 10.0%){score}"
+            )
     if "bits_per_dim" in scores:
         bits = f"{scores['bits_per_dim']:.3f} ± {scores['bits_per_dim_error']:.3f}"
         results.print(f"bits per dimension of held-out images: {bits}")

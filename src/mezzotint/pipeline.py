@@ -273,6 +273,26 @@ def sample(
     return torch.cat(list(batches), dim=1 if trajectory else 0)
 
 
+def sample_levels(
+    pipeline: Pipeline,
+    classes: Sequence[int | str] | None = None,
+    count: int = 16,
+    *,
+    prompts: Sequence[str] | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """The images of `sample` at all resolutions of a Matryoshka network, each (count, C, h, w), smallest first.
+
+    `options` are those of `sample`. Raises `MezzotintError` as `sample` does, and for a model of one resolution.
+    """
+    shapes, space = pipeline.denoiser.level_shapes, pipeline.representation
+    if not isinstance(space, Pyramid):
+        raise MezzotintError(f"this model has one resolution, {shapes[0][-1]}; several are those of a backbone.outer")
+    labels = choose_labels(pipeline, classes, count, prompts)
+    batches = [space.decode_levels(x) for (x,) in state_batches(pipeline, labels, range(count), **options)]
+    return [torch.cat(level).float().cpu() for level in zip(*batches, strict=True)]
+
+
 def sample_batches(
     pipeline: Pipeline,
     labels: Tensor | Sequence[str] | None,

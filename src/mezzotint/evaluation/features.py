@@ -105,6 +105,11 @@ class FeatureNetwork:
             )
         return {key: self._checked(key, value, len(images)) for key, value in outputs.items()}
 
+    @property
+    def knows_text(self) -> bool:
+        """Whether `embed_text` works."""
+        return self._embed is not None
+
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Captions (B) to features float32 (B, dim) beside those of images. Raises `MezzotintError` but for clip."""
         if self._embed is None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mezzotint.data import ImageDataset
+from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
+from mezzotint.evaluation.captions import score_captions
 from mezzotint.evaluation.confidence import bootstrap
 from mezzotint.evaluation.features import Extracted, FeatureNetwork, extract, feature_network, is_inception
 from mezzotint.evaluation.frechet import frechet_distance, frechet_distance_infinity
@@ -40,6 +42,7 @@ def evaluate(
     weights: str | Path | None = None,
     count: int | None = None,
     guidance: float | None = None,
+    captions: int = 0,
     likelihood: int = 0,
     infinity: bool = False,
     intervals: int = 0,
@@ -61,10 +64,12 @@ def evaluate(
 
     Against a data set's held-out images, as many of its training images are scored as well (``real``): what a perfect
     model would get. Where the features are those of its classifier, that also tells the share of samples that are of
-    the class asked for. infinity: extrapolate the Fréchet distance to infinitely many samples. intervals: 95 %
-    bootstrap intervals from so many resamplings. likelihood: bits per dimension of so many held-out images. rows:
-    images on either side that precision, recall and kernel distances look at. html: also write a page of it all (see
-    `write_report`), with the pictures of a sweep in the folder `run`. options: those of `Sampler`.
+    the class asked for. captions: of so many captions of the training and of the held-out images, the share whose
+    sample is nearer to its own image than to 9 others (`score_captions`). infinity: extrapolate the Fréchet distance to
+    infinitely many samples. intervals: 95 % bootstrap intervals from so many resamplings. likelihood: bits per
+    dimension of so many held-out images. rows: images on either side that precision, recall and kernel distances look
+    at. html: also write a page of it all (see `write_report`), with the pictures of a sweep in the folder `run`.
+    options: those of `Sampler`.
 
     Returns {"features", "reference", "reference_images", "sets": {"samples" | "guided" | "real": figures}, …}, where a
     figure's name tells its features: FID of inception alone, FD-classifier, FD-dinov2. Raises `MezzotintError` where
@@ -105,6 +110,16 @@ def evaluate(
     if settings is not None and (train := _training_images(settings, real, sets["samples"]["images"])) is not None:
         add("real", train)
     scores["sets"] = sets
+    if captions:
+        if not isinstance(model, Pipeline):
+            raise MezzotintError("captions are asked of a model, not of images; leave captions out")
+        asked = {"count": captions, "guidance": guidance, "seed": seed, **shared, **options}
+        for split in ("train", "test"):
+            try:
+                dataset = model.recipe.data.load(split)
+            except NoSuchSplit:  # nothing is held out
+                continue
+            scores[f"captions, {split}"] = score_captions(model, dataset, network, **asked)
     if likelihood:
         if not isinstance(model, Pipeline):
             raise MezzotintError("bits per dimension are a model's, not those of images; leave likelihood out")
@@ -170,6 +185,8 @@ def mean_bits_per_dim(
     Images are uniformly dequantised and their density found through the probability-flow ODE with one Hutchinson probe
     each (`log_likelihood`). Raises `MezzotintError` for a latent model: a density of latents is not one of images.
     """
+    if pipeline.denoiser.text or len(pipeline.denoiser.level_shapes) > 1:
+        raise MezzotintError("bits per dimension are those of images by class, not of pyramids or by caption")
     if pipeline.recipe.representation.name != "pixels":
         raise MezzotintError("bits per dimension are those of pixels; this model's data are latents of an autoencoder")
     bits = []
