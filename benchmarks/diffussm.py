@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from mezzotint.backbones.diffussm import Block, ScanOrder
 from mezzotint.backbones.dit import AdaLNZeroBlock
-from mezzotint.backbones.s4d import S4D
+from mezzotint.backbones.s4d import S4D, two_sided
 from mezzotint.training.parallel import choose_device
 
 LENGTHS = (256, 1024, 4096, 16_384)
+LONGEST_MATRIX = 1024
 HOURGLASS = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 Work = Callable[[], object]
@@ -151,6 +152,33 @@ def direction_table(lengths: Sequence[int], positions: int, width: int, device: 
     return table(title, rows)
 
 
+def form_table(lengths: Sequence[int], positions: int, width: int, device: torch.device, repeats: int) -> str:
+    """The convolution of sampling by FFT, as the library does it, and by one L × L matrix product for each channel."""
+    rows = []
+    for length in lengths:
+        torch.manual_seed(0)
+        with device, torch.no_grad():
+            layer, u = S4D(width).eval(), torch.randn(positions // length, length, width)
+            circular = two_sided(layer.kernel(length), layer.D)
+            lag = torch.arange(length)[:, None] - torch.arange(length)
+            matrix = circular[:, lag % circular.shape[1]]
+
+            def product(matrix: Tensor = matrix, u: Tensor = u) -> Tensor:
+                return (matrix @ u.permute(2, 1, 0).contiguous()).permute(2, 1, 0).contiguous()
+
+            torch.testing.assert_close(product(), layer(u), rtol=1e-3, atol=1e-3)
+            times = in_turn({"fft": partial(forward, layer, u), "product": product}, device, repeats)
+        size = matrix.numel() * 4 / 2**20
+        row = [
+            f"{length:,} × {positions // length}",
+            *(f"{t * 1e3:.1f} ms" for t in times.values()),
+            f"{size:,.0f} MiB",
+        ]
+        rows.append(row)
+        print(row, flush=True)
+    return table(["S4D alone in sampling, L × batch", "FFT", "matrix products", "the matrices"], rows)
+
+
 def main() -> None:
     """Measure and print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -165,7 +193,8 @@ def main() -> None:
     settings = (options.lengths, options.positions, options.width, device, options.repeats)
     title = f"Measured on {machine(device)}, fp32, width {options.width}, hourglass {HOURGLASS}, state 64.\n"
     memory = memory_table(*settings[:4])
-    text = "\n".join([title, block_tables(*settings), direction_table(*settings), memory])
+    short = ([64, *(length for length in options.lengths if length <= LONGEST_MATRIX)], *settings[1:])
+    text = "\n".join([title, block_tables(*settings), direction_table(*settings), form_table(*short), memory])
     print(text)
     if options.write is not None:
         section = "DiffuSSM on a GPU" if device.type == "cuda" else "DiffuSSM on a CPU"

@@ -100,15 +100,15 @@ def test_kernel_is_the_formula(initialisation: Any, discretisation: Any, length:
     assert (kernel - expected).abs().max() < 1e-5
 
 
-def test_kernel_keeps_its_precision_on_long_sequences() -> None:
-    """In float32 as in float64, and its gradients, too."""
+def test_keeps_its_precision_on_long_sequences() -> None:
+    """In float32 as in float64: kernels, outputs and gradients."""
     torch.manual_seed(0)
-    layer, probe = S4D(16), torch.randn(2, 16, 4096)
+    layer, u, probe = S4D(16), torch.randn(1, 4096, 16), torch.randn(1, 4096, 16) / 64
     found = []
     for kind in (torch.float32, torch.float64):
-        kernel = layer.to(kind).kernel(4096)
-        chosen = [parameter for parameter in layer.parameters() if parameter is not layer.D]
-        found.append([kernel, *torch.autograd.grad((kernel * probe).sum(), chosen)])
+        layer.to(kind)
+        y = layer(u.to(kind))
+        found.append([layer.kernel(4096), y, *torch.autograd.grad((y * probe).sum(), list(layer.parameters()))])
     for single, double in zip(*found, strict=True):
         assert single.dtype == torch.float32
         assert (single - double).abs().max() < 1e-5 * double.abs().max().clamp(min=1)

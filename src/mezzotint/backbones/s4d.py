@@ -83,16 +83,20 @@ class S4D(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             signal = u.to(self.D.dtype)
             if torch.is_grad_enabled():
-                y = Convolution.apply(signal, self.kernel(length), self.D)
+                y = Convolution.apply(signal, *self.modes(), self.D)
             else:
                 y = _filtered(signal, self._kernel_spectrum(length))
         return y.to(u.dtype)
 
     def kernel(self, length: int) -> Tensor:
         """K_l, 0 ≤ l < length, of each direction and channel, without the skip D: (1 or 2, width, length)."""
+        return kernel(*self.modes(), length)
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log a = log Ā and g = w C B̄ with K_l = Re Σ_n g_n a_n^l, complex, each (1 or 2, width, modes)."""
         log_a, b = self.discretised()
         c = self.C if self.frequency is None else torch.view_as_complex(self.C)
-        return Kernel.apply(log_a, self.weight * c * b, length)
+        return log_a, self.weight * c * b
 
     def discretised(self) -> tuple[Tensor, Tensor]:
         """log Ā and B̄, complex, each (1 or 2, width, modes)."""
@@ -127,46 +131,69 @@ class S4D(nn.Module):
         return super().train(mode)
 
 
-class Kernel(torch.autograd.Function):
-    """log a and g, complex (…, width, modes) → K_l = Re Σ_n g_n a_n^l, 0 ≤ l < length: (…, width, length).
+class Convolution(torch.autograd.Function):
+    """u (B, L, width) convolved with the kernels of modes, in each direction that they have, and with a skip (width,).
 
-    With l = s·i + j, a^l is the product of a^{s·i} and a^j, and the sum over n a matrix product of √L rows and columns
-    a channel: 2·√L powers of a mode instead of L. So is the gradient, for which the powers are made again: kept, or
-    differentiated step by step, they would take more memory than a small batch. Can be differentiated once.
+    log a and g (1 or 2, width, modes) are those of `S4D.modes`. Kept for the backward pass are `u` and the kernels'
+    spectra, where plain operations keep padded copies, powers and kernels, too, and take complex FFTs; the powers are
+    made again. Channels are taken in parts, so that nothing made on the way is large. Can be differentiated once.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_a: Tensor, g: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(log_a, g)
-        s, rows = _square(length)
-        k = g.real.new_empty(*g.shape[:-1], length)
-        for part in _parts(g.shape[-2], g.shape[-1] * 4 * s):
-            left = g[..., part, None, :] * powers(s * log_a[..., part, :], rows)
-            # Re Σ x·y = Σ Re x·Re ȳ + Im x·Im ȳ: real and imaginary parts side by side are one real product.
-            product = _real(left) @ _real(powers(log_a[..., part, :].conj(), s)).mT
-            k[..., part, :] = product.flatten(-2)[..., :length]
-        return k
+    def forward(ctx: Any, u: Tensor, log_a: Tensor, g: Tensor, skip: Tensor) -> Tensor:
+        y, spectra = torch.empty_like(u), []
+        for part in _parts(u):
+            by = torch.fft.rfft(two_sided(kernel(log_a[:, part], g[:, part], u.shape[1]), skip[part]))
+            y[..., part] = _signal(_spectrum(u[..., part], 2 * (by.shape[-1] - 1)).mul_(by), u.shape[1])
+            spectra.append(by)
+        ctx.save_for_backward(u, log_a, g, *spectra)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        log_a, g = ctx.saved_tensors
-        s, rows = _square(length := grad.shape[-1])
-        by_log_a, by_g = torch.empty_like(log_a), torch.empty_like(g)
-        i, j = (torch.arange(n, device=g.device, dtype=grad.dtype).unsqueeze(-1) for n in (rows, s))
-        for part in _parts(g.shape[-2], g.shape[-1] * 8 * s):
-            square = F.pad(grad[..., part, :], (0, rows * s - length)).unflatten(-1, (rows, s))
-            # ∂K_l/∂g = a^l and ∂K_l/∂log a = l·g·a^l, summed over j first.
-            conjugate = log_a[..., part, :].conj()
-            columns = powers(conjugate, s)
-            over_j = torch.view_as_complex(
-                (square @ _real(torch.cat([columns, j * columns], -1))).unflatten(-1, (-1, 2))
-            )
-            plain, times_j = over_j.chunk(2, dim=-1)
-            lines = powers(s * conjugate, rows)
-            by_g[..., part, :] = (lines * plain).sum(-2)
-            by_log_a[..., part, :] = g[..., part, :].conj() * (lines * (s * i * plain + times_j)).sum(-2)
-        return by_log_a, by_g, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        u, log_a, g, *spectra = ctx.saved_tensors
+        length, n = u.shape[1], 2 * (spectra[0].shape[-1] - 1)
+        by_u = torch.empty_like(u) if ctx.needs_input_grad[0] else None
+        by_log_a, by_g, by_skip = torch.empty_like(log_a), torch.empty_like(g), u.new_empty(u.shape[2])
+        for part, by in zip(_parts(u), spectra, strict=True):
+            spectrum = _spectrum(grad[..., part], n)
+            product = _spectrum(u[..., part], n).conj_physical_().mul_(spectrum)
+            circular = torch.fft.irfft(product.sum(0), n)
+            by_skip[part] = circular[:, 0]
+            by_kernel = circular[None, :, :length]
+            if len(g) == 2:  # `two_sided`, undone
+                back = torch.cat([circular[:, :1], circular[:, n - length + 1 :].flip(-1)], dim=1)
+                by_kernel = torch.stack([circular[:, :length], back])
+            by_log_a[:, part], by_g[:, part] = kernel_gradient(log_a[:, part], g[:, part], by_kernel)
+            if by_u is not None:
+                by_u[..., part] = _signal(spectrum.mul_(by.conj()), length)
+        return by_u, by_log_a, by_g, by_skip
+
+
+def kernel(log_a: Tensor, g: Tensor, length: int) -> Tensor:
+    """log a and g, complex (…, modes) → K_l = Re Σ_n g_n a_n^l, 0 ≤ l < length: (…, length).
+
+    With l = s·i + j, a^l is the product of a^{s·i} and a^j, and the sum over n a matrix product of √L rows and columns
+    a channel: 2·√L powers of a mode instead of L.
+    """
+    s, rows = _square(length)
+    left = g.unsqueeze(-2) * powers(s * log_a, rows)
+    # Re Σ x·y = Σ Re x·Re ȳ + Im x·Im ȳ: real and imaginary parts side by side are one real product.
+    return (_real(left) @ _real(powers(log_a.conj(), s)).mT).flatten(-2)[..., :length]
+
+
+def kernel_gradient(log_a: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What `kernel` does to a gradient by K (…, length): those by log a and by g, matrix products of √L as well."""
+    s, rows = _square(length := grad.shape[-1])
+    i, j = (torch.arange(n, device=g.device, dtype=grad.dtype).unsqueeze(-1) for n in (rows, s))
+    table = F.pad(grad, (0, rows * s - length)).unflatten(-1, (rows, s))
+    # ∂K_l/∂g = a^l and ∂K_l/∂log a = l·g·a^l, summed over j first.
+    columns, lines = powers(log_a.conj(), s), powers(s * log_a.conj(), rows)
+    over_j = torch.view_as_complex((table @ _real(torch.cat([columns, j * columns], -1))).unflatten(-1, (-1, 2)))
+    plain, times_j = over_j.chunk(2, dim=-1)
+    by_log_a = g.conj() * (lines * (s * i * plain + times_j)).sum(-2)
+    return by_log_a, (lines * plain).sum(-2)
 
 
 def _square(length: int) -> tuple[int, int]:
@@ -178,41 +205,6 @@ def _square(length: int) -> tuple[int, int]:
 def _real(z: Tensor) -> Tensor:
     """(…, n) complex → (…, 2n), real and imaginary parts in turn."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
-
-
-class Convolution(torch.autograd.Function):
-    """u (B, L, width) convolved with a kernel for each direction, (1 or 2, width, L), and with a skip (width,).
-
-    Keeps `u` and the kernels' spectrum for the backward pass, where plain operations keep padded copies and the spectra
-    of both, too, and take complex FFTs. Can be differentiated once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, kernels: Tensor, skip: Tensor) -> Tensor:
-        by = torch.fft.rfft(two_sided(kernels, skip))
-        ctx.save_for_backward(u, by)
-        ctx.directions = len(kernels)
-        return _filtered(u, by)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        u, by = ctx.saved_tensors
-        length, width = u.shape[1:]
-        n = 2 * (by.shape[-1] - 1)
-        by_u = torch.empty_like(u) if ctx.needs_input_grad[0] else None
-        by_kernels = u.new_empty(ctx.directions, width, length)
-        for part in _parts(width, u.shape[0] * length):
-            spectrum = _spectrum(grad[..., part], n)
-            product = _spectrum(u[..., part], n).conj_physical_().mul_(spectrum)
-            both = torch.fft.irfft(product.sum(0), n)
-            by_kernels[0, part] = both[:, :length]
-            if ctx.directions == 2:  # `two_sided`, undone
-                by_kernels[1, part, 0] = both[:, 0]
-                by_kernels[1, part, 1:] = both[:, n - length + 1 :].flip(-1)
-            if by_u is not None:
-                by_u[..., part] = _signal(spectrum.mul_(by[part].conj()), length)
-        return by_u, by_kernels, by_kernels[0, :, 0].clone()
 
 
 def two_sided(kernels: Tensor, skip: Tensor) -> Tensor:
@@ -233,14 +225,15 @@ def two_sided(kernels: Tensor, skip: Tensor) -> Tensor:
 def _filtered(u: Tensor, by: Tensor) -> Tensor:
     """u (B, L, width) with its spectrum multiplied by that of a kernel, `by` (width, n/2 + 1)."""
     y = torch.empty_like(u)
-    for part in _parts(u.shape[-1], u.shape[0] * u.shape[1]):
+    for part in _parts(u):
         y[..., part] = _signal(_spectrum(u[..., part], 2 * (by.shape[-1] - 1)).mul_(by[part]), u.shape[1])
     return y
 
 
-def _parts(width: int, numbers: int) -> list[slice]:
+def _parts(u: Tensor) -> list[slice]:
     """Quarters of the channels, where these have so many numbers that what is made of all at once would be large."""
-    step = math.ceil(width / 4) if width * numbers > 2**20 else width
+    width = u.shape[-1]
+    step = math.ceil(width / 4) if u.numel() > 2**20 else width
     return [slice(k, k + step) for k in range(0, width, step)]
 
 
