@@ -253,7 +253,8 @@ def sample(
     Of clips, (count, F, C, H, W). classes: numbers or names that the images are spread over evenly and in order (None:
     all); prompts: captions, likewise (None: some that it was trained with). negative_prompt: what guidance leads away
     from. guidance: a scale, or a `Guidance`; None and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are
-    taken from the recipe. Image i depends on (seed, i) and its condition alone, whatever the batch size.
+    taken from the recipe. levels, among the options: draw the first so many levels of a Matryoshka network alone, which
+    gives the image of the last of them. Image i depends on (seed, i) and its condition alone, whatever the batch size.
     Raises `MezzotintError` for an unknown class or option, or a combination that means nothing.
     """
     if count < 1:
@@ -348,9 +349,13 @@ def state_batches(
     batch_size: int = 256,
     progress: bool = False,
     trajectory: bool = False,
+    levels: int | None = None,
     **options: Any,
 ) -> Iterator[list[Tensor]]:
-    """`sample_batches` before decoding: a list of each batch's states, the last one or, with `trajectory`, all."""
+    """`sample_batches` before decoding: a list of each batch's states, the last one or, with `trajectory`, all.
+
+    levels: draw the first so many levels of a pyramid alone (None: all).
+    """
     if batch_size < 1:
         raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
@@ -368,6 +373,8 @@ def state_batches(
         x = denoiser.interpolant.prior_std * randn(
             (len(chosen), *denoiser.in_shape), generators, device=pipeline.device
         )
+        if levels is not None:
+            x = x[:, : sum(math.prod(shape) for shape in denoiser.level_shapes[:levels])]
         model.expect(sampler.times(model))
         steps = sampler.path(model, x, generators)
         label = f"sampling {start + len(chosen)}/{len(indices)}"

@@ -250,19 +250,19 @@ def _signal(spectrum: Tensor, length: int) -> Tensor:
 def powers(log_a: Tensor, count: int) -> Tensor:
     """a^0 … a^(count − 1) of log a (…, n), as (…, count, n), where |a| ≤ 1.
 
-    Each pass doubles their number with one exponential. Powers so small that the product of two would be a subnormal
-    number are zero: a processor is many times slower with those.
+    Each pass doubles their number with one exponential, which counts as zero below the fourth root of the smallest
+    normal number (3e-10 in float32): then no product of two powers is subnormal, which would be many times slower.
     """
+    smallest = 0.25 * math.log(torch.finfo(log_a.real.dtype).tiny)
     result = log_a.new_empty(*log_a.shape[:-1], count, log_a.shape[-1])
     result[..., 0, :] = 1
     have = 1
     while have < count:
         more = min(have, count - have)
-        result[..., have : have + more, :] = result[..., :more, :] * torch.exp(have * log_a).unsqueeze(-2)
+        factor = torch.exp(have * log_a).masked_fill(have * log_a.real < smallest, 0).unsqueeze(-2)
+        result[..., have : have + more, :] = result[..., :more, :] * factor
         have += more
-    exponents = torch.arange(count, device=log_a.device, dtype=log_a.real.dtype).unsqueeze(-1)
-    lost = exponents * log_a.real.unsqueeze(-2) < 0.5 * math.log(torch.finfo(log_a.real.dtype).tiny)
-    return result.masked_fill_(lost, 0)
+    return result
 
 
 def fast_length(minimum: int) -> int:
