@@ -120,13 +120,27 @@ def test_published_figures_stand_beside_unchanged_recipes_only() -> None:
         recipe = load_recipe(name)
         paper = published(recipe)
         assert (paper is not None) == (
-            name.startswith(("dit-", "sit-")) or name in ("diffussm-xl-256", "diffussm-xl-512")
+            name.startswith(("dit-", "sit-"))
+            or name in ("diffussm-xl-256", "diffussm-xl-512", "mdm-64", "mdm-256", "mdm-1024")
         )
         if paper is not None and recipe.backbone.name == "dit" and recipe.data.size == 256:
             size = name.removeprefix("dit-").removeprefix("sit-").removesuffix("-256")
             assert (paper.gmacs, paper.params_millions) == PUBLISHED[f"dit-{size}"]
     assert published(load_recipe("dit-s-2-256", ["backbone.depth=3"])) is None
     assert published(load_recipe("dit-s-2-256", ["training.lr=1"])) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("mdm-64", 461_359_107), ("mdm-256", 476_613_958), ("mdm-1024", 480_970_057)]
+)
+def test_matryoshka_recipes_have_the_public_networks_parameters(name: str, count: int) -> None:
+    """The counts are those of the official code's networks with features 2,048 wide; no text encoder is read."""
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in build_backbone(recipe).parameters()) == count
+    paper = published(recipe)
+    assert paper is not None
+    assert (paper.gmacs, paper.params_millions) == (None, count / 1e6)
 
 
 def test_freezing_lowers_the_trained_parameters_alone() -> None:

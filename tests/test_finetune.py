@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHORT
 from PIL import Image
 from safetensors.torch import load_file
+from test_mdm_checkpoints import filled, layout
 
 import mezzotint
+from mezzotint.conditions import Condition, Text
+from mezzotint.conditions.text import byte_tokens
 from mezzotint.errors import MezzotintError
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interop import Checkpoint, convert
@@ -184,6 +189,190 @@ def test_classes_are_the_data_set_s(tiny: Recipe) -> None:
     taken = take_classes(official, ())
     assert (taken.backbone.num_classes, taken.guidance.scale) == (0, 1)
     assert take_classes(override_recipe(official, ["backbone.num_classes=0"]), ("cat", "dog")).backbone.num_classes == 0
+    taken = take_classes(override_recipe(official, ["condition=text"]), ("cat", "dog"))
+    assert (taken.backbone.num_classes, taken.guidance.scale) == (0, 4), "captions are no classes"
+
+
+# ------------------------------------------------------------------------------------------------ other backbones
+
+DIFFUSSM = "backbone={name: diffussm, width: 16, depth: 2, state: 4, hourglass: 2}"
+UNET = "backbone={name: unet, channels: [8, 16], resblocks: [1, 1], attention: [0, 1], heads: 2, time_width: 16}"
+OUTER = "{channels: [4, 8], resblocks: [1, 1], groups: 4}"
+WIDER = "{channels: [4, 4], resblocks: [1, 1], groups: 4, micro_scale: 32}"
+BYTES = ("condition={name: text, max_tokens: 8}", "backbone={num_classes: 0, text_features: 0, text_width: 12}")
+FEATURES = (*BYTES, "condition.encoder=models/t5", "backbone.text_features=6")
+
+
+def unet(*changes: str, outer: tuple[str, ...] = (), size: int = 8) -> Recipe:
+    """A UNet on 8 × 8 images, and levels around it."""
+    words = ["backbone.num_classes=3", UNET, f"backbone.outer=[{', '.join(outer)}]"]
+    return load_recipe("digits", [*words, f"data.size={size * 2 ** len(outer)}", *SHORT, *changes])
+
+
+def asked_for(pipeline: Pipeline) -> Condition | None:
+    """Of two examples: classes or captions, of unequal length."""
+    if (width := pipeline.recipe.backbone.text_features) is None:
+        return torch.tensor([0, 2]) if pipeline.denoiser.num_classes else None
+    y = byte_tokens(["one", "a seven"], 8)
+    if width:
+        return Text((y.tokens.unsqueeze(-1) * torch.arange(1.0, 1 + width)).sin() * y.mask.unsqueeze(-1), y.mask)
+    return y
+
+
+@torch.no_grad()
+def predicted(pipeline: Pipeline, x: torch.Tensor | None = None, y: Condition | None = None) -> torch.Tensor:
+    """The network's own output, at fixed inputs where none are given."""
+    if x is None:
+        x = torch.randn(2, *pipeline.denoiser.in_shape, generator=torch.Generator().manual_seed(3))
+    y = asked_for(pipeline) if y is None else y
+    return pipeline.denoiser.backbone(x, torch.tensor([100.0, 700.0]), y)
+
+
+@pytest.mark.parametrize("words", [DIFFUSSM, UNET], ids=["diffussm", "unet"])
+def test_every_backbone_is_kept_and_fits_its_labels(words: str) -> None:
+    recipe = load_recipe("digits", [words, "backbone.num_classes=3"])
+    there, here = with_random_weights(recipe, ("a", "b", "c")), build(recipe)
+    assert initialise(here, checkpoint_of(there)) == []
+    assert torch.equal(predicted(here), predicted(there))
+
+    null, none = torch.tensor([3, 3]), build(override_recipe(recipe, ["backbone.num_classes=0"]))
+    assert initialise(none, checkpoint_of(there)) == [
+        "its label table (3 classes) is dropped; the null class is built in"
+    ]
+    torch.testing.assert_close(predicted(none), predicted(there, y=null), rtol=1e-5, atol=1e-5)
+    again = build(recipe)
+    assert initialise(again, checkpoint_of(none)) == ["the label table is new (3 classes here, none there)"]
+    assert torch.equal(predicted(again, y=null), predicted(none))
+
+    learned = ["interpolant=ddpm", "target=noise", "sampling=ddpm", "variance=learned"]
+    new = build(override_recipe(recipe, learned))
+    notes = initialise(new, checkpoint_of(there))
+    assert notes[0] == "the learned variance is new: half-way between its bounds"
+    assert torch.equal(predicted(new)[:, :1], predicted(there))
+    assert not predicted(new)[:, 1:].any()
+
+
+@pytest.mark.parametrize("more", [(), BYTES], ids=["classes", "captions"])
+def test_a_matryoshka_network_grows_around_what_it_starts_from(more: tuple[str, ...]) -> None:
+    """Bit for bit the small network's output at the low resolutions, a level at a time."""
+    smaller = with_random_weights(unet(*more))
+    for outer, side in (((OUTER,), 16), ((OUTER, WIDER), 32)):
+        larger = build(unet(*more, outer=outer))
+        (note,) = initialise(larger, checkpoint_of(smaller))
+        assert note == f"the outer levels ({side} × {side}) are new"
+        low = torch.randn(2, *smaller.denoiser.in_shape, generator=torch.Generator().manual_seed(5))
+        whole = torch.randn(2, *larger.denoiser.in_shape, generator=torch.Generator().manual_seed(6))
+        count = low.flatten(1).shape[1]
+        whole[:, :count] = low.flatten(1)
+        expected = predicted(smaller, low).flatten(1)
+        assert expected.std() > 1e-3
+        assert torch.equal(predicted(larger, low.flatten(1)), expected)
+        assert torch.equal(predicted(larger, whole)[:, :count], expected)
+        assert not predicted(larger, whole)[:, count:].any(), "the new level's output layer starts at zero"
+        for parameter in larger.denoiser.parameters():  # as if it had learnt
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
+        smaller = larger
+
+
+def test_two_levels_at_once_around_another_kind_of_network() -> None:
+    dit = ["backbone={name: dit, width: 16, depth: 1, heads: 2}", "backbone.num_classes=3"]
+    words = unet(outer=(OUTER, OUTER), size=8)
+    small = with_random_weights(load_recipe("digits", dit))
+    large = build(override_recipe(words, ["backbone.outer=[]", *dit, f"backbone.outer=[{OUTER}, {OUTER}]"]))
+    assert initialise(large, checkpoint_of(small)) == ["the outer levels (16 × 16, 32 × 32) are new"]
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(predicted(large, x.flatten(1)), predicted(small, x).flatten(1))
+
+
+def test_a_grown_network_s_labels(tmp_path: Path) -> None:
+    """A UNet's label is added to the time of all levels, so that is where the null class goes."""
+    there, none = with_random_weights(unet(outer=(OUTER,))), build(unet("backbone.num_classes=0", outer=(OUTER,)))
+    assert initialise(none, checkpoint_of(there)) == [
+        "its label table (3 classes) is dropped; the null class is built in"
+    ]
+    expected = predicted(there, y=torch.tensor([3, 3]))
+    torch.testing.assert_close(predicted(none), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    larger = build(unet("backbone.num_classes=2", outer=(OUTER, WIDER)))
+    grown, labels = initialise(larger, checkpoint_of(there))
+    assert grown == "the outer levels (32 × 32) are new"
+    assert labels == "the label table is new (2 classes here, 3 there) but for its null row, which is kept"
+
+
+def test_what_reads_captions_is_kept_for_the_same_ones(tmp_path: Path) -> None:
+    there = with_random_weights(unet(*FEATURES))
+    same = build(unet(*FEATURES, "condition.encoder=/elsewhere/t5"))
+    assert initialise(same, checkpoint_of(there)) == []
+    assert torch.equal(predicted(same), predicted(there))
+    (note,) = initialise(build(unet(*FEATURES, "condition.encoder=bert")), checkpoint_of(there))
+    assert (
+        note == "it was trained with condition.encoder (t5 there, bert here); what that changes has to be learnt anew"
+    )
+
+    def started(here: Pipeline) -> tuple[str, set[str]]:
+        """The first note, and what is not the checkpoint's."""
+        note, *_ = initialise(here, checkpoint_of(there))
+        old, new = (p.denoiser.backbone.state_dict() for p in (there, here))
+        return note, {n for n in new if n not in old or old[n].shape != new[n].shape or not torch.equal(old[n], new[n])}
+
+    note, fresh = started(build(unet(*BYTES)))
+    assert note == "what reads captions is new (bytes here, features of width 6 there)"
+    assert {name.partition("encoder.")[0] for name in fresh} == {"y_embedder.embedder."}
+    note, fresh = started(build(unet("backbone.num_classes=0")))
+    assert note == "what reads captions is dropped (none here, features of width 6 there)"
+    assert not fresh
+    there = with_random_weights(unet("backbone.num_classes=0"))
+    note, fresh = started(build(unet(*BYTES)))
+    assert note == "what reads captions is new (bytes here, none there)"
+    assert all(re.search(r"^y_embedder\.|\.norm_cond\.|\.kv_cond\.", name) for name in fresh)
+
+
+def test_networks_that_do_not_grow_into_each_other() -> None:
+    two = with_random_weights(unet(outer=(OUTER,)))
+
+    def refused(sentence: str, *changes: str, outer: tuple[str, ...] = (OUTER,)) -> None:
+        with pytest.raises(MezzotintError, match=sentence):
+            initialise(build(unet(*changes, outer=outer)), checkpoint_of(two))
+
+    refused(r"there\.pt, which has 2 levels, where this recipe has 1; set backbone\.outer as it is there", outer=())
+    refused(r"another network: backbone\.outer\[0\]\.channels \(\(4, 8\) there, \(4, 4\) here\)", outer=(WIDER, OUTER))
+    refused(r"backbone\.resblocks \(\(1, 1\) there, \(2, 1\) here\)", "backbone.resblocks=[2, 1]")
+    refused(r"the outer levels \(32 × 32\) are new; set training\.lora\.rank=0", "init=x", *LORA, outer=(OUTER, WIDER))
+    with pytest.raises(MezzotintError, match=r"backbone\.name \(unet there, diffussm here\)"):
+        initialise(build(load_recipe("digits", [DIFFUSSM])), checkpoint_of(with_random_weights(unet())))
+
+
+def test_words_of_levels_are_named() -> None:
+    two = with_random_weights(unet(outer=(OUTER,)))
+    normalised = OUTER.replace("}", ", normalise_input: true, dropout: 0.1}")
+    larger = build(unet("interpolant.snr_power=2", "condition.max_tokens=9", outer=(normalised, WIDER)))
+    _, note = initialise(larger, checkpoint_of(two))
+    assert "trained with interpolant.snr_power (1.0 there, 2.0 here), backbone.outer[0].normalise_input (False" in note
+    one, grown = with_random_weights(unet()), build(unet("interpolant.snr_power=2", outer=(OUTER,)))
+    assert len(initialise(grown, checkpoint_of(one))) == 1, "one resolution has no power"
+
+
+def test_an_official_mdm_file_grows(tmp_path: Path) -> None:
+    sizes = {"channels": (32, 64), "resblocks": (1, 1), "attention": (0, 2), "feed_forward": True}
+    torch.save({"state_dict": filled(dict(layout((sizes,))))}, tmp_path / "vis_model.pth")
+    small = mezzotint.load(tmp_path / "vis_model.pth")
+    around = [f"init={tmp_path / 'vis_model.pth'}", f"backbone.outer=[{WIDER}]", "data.size=128"]
+    large = build(override_recipe(small.recipe, around))
+    assert start_from(str(tmp_path / "vis_model.pth"), large) == ["the outer levels (128 × 128) are new"]
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(predicted(large, x.flatten(1)), predicted(small, x).flatten(1))
+
+
+def test_a_run_grows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Trained small, grown by `init`, trained on: the first step starts from the small run's weights."""
+    short = ("training.steps=1", "training.ema=[]", "training.batch_size=4", "guidance.scale=3")
+    mezzotint.train(unet(*BYTES, *short), tmp_path / "small", quiet=True)
+    large = unet(*BYTES, *short, f"init={tmp_path / 'small'}", "training.lr=1e-9", outer=(OUTER,))
+    trained = mezzotint.train(large, tmp_path / "large", quiet=True)
+    assert caplog.messages == [f"{tmp_path / 'small'}: the outer levels (16 × 16) are new"]
+    assert trained.recipe.guidance.scale == 3, "captions guide"
+    start, end = weights(tmp_path / "small"), weights(tmp_path / "large")
+    for name, tensor in start.items():
+        torch.testing.assert_close(end[f"inner.{name}"], tensor, rtol=0, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------ runs that go on
@@ -331,6 +520,40 @@ def test_lora_returns_what_it_saved_and_leaves_random_numbers_alone(tiny: Recipe
     saved = mezzotint.load(tmp_path / "run")
     assert trained.denoiser.state_dict().keys() == saved.denoiser.state_dict().keys()
     assert torch.equal(output(trained, [0, 1]), output(saved, [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        ((DIFFUSSM, "backbone.num_classes=3"), "w0 up ssm_out down.0 down.1 w1 w2 w3"),
+        ((UNET, "backbone.num_classes=3", "backbone.feed_forward=true"), "qkv proj ffn.0 ffn.2"),
+        ((UNET, f"backbone.outer=[{OUTER}]", *BYTES), "qkv proj kv_cond"),
+        (("backbone={name: dit, width: 16, depth: 1, heads: 2}", "backbone={num_classes: 0, text_features: 0}",
+          "condition=text"), "attn.qkv attn.proj mlp.fc1 mlp.fc2"),
+    ],
+    ids=["diffussm", "unet", "nested", "dit"],
+)  # fmt: skip
+def test_lora_goes_where_the_network_has_its_layers(words: tuple[str, ...], layers: str) -> None:
+    """By default, and trained beside it is what reads labels or captions, however deep that lies."""
+    recipe = load_recipe("digits", [*words, "init=x", *LORA])
+    pipeline = with_random_weights(recipe)
+    plain = predicted(pipeline)
+    choose_trainable(pipeline.denoiser.backbone, recipe.training, 0)
+    torch.testing.assert_close(predicted(pipeline), plain, rtol=1e-5, atol=1e-6)
+    trained = trainable(pipeline)
+    low_rank = {name.partition(".lora_")[0] for name in trained if "lora_" in name}
+    assert all(name.endswith(tuple(layers.split())) for name in low_rank)
+    assert all(any(name.endswith(layer) for name in low_rank) for layer in layers.split())
+    assert all("y_embedder" not in name for name in low_rank)
+    reads = {name for name, _ in pipeline.denoiser.backbone.named_parameters() if "y_embedder" in name}
+    assert {name for name in trained if "lora_" not in name} == reads != set()
+    for name, parameter in pipeline.denoiser.backbone.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = predicted(pipeline)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    pipeline.denoiser.backbone = merged(pipeline.denoiser.backbone)
+    torch.testing.assert_close(predicted(pipeline), adapted, rtol=1e-4, atol=1e-4 * adapted.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -19,9 +20,10 @@ from torch import Tensor
 
 import mezzotint
 from mezzotint.backbones import DIT_CONFIGS
+from mezzotint.conditions.text import byte_tokens
 from mezzotint.errors import MezzotintError
 from mezzotint.guidance import ConditionalModel, Guidance
-from mezzotint.interop import Checkpoint, convert, load, read_checkpoint
+from mezzotint.interop import Checkpoint, convert, is_checkpoint, load, read_checkpoint
 from mezzotint.interop.checkpoint import Network, empty_backbone, family_recipe
 from mezzotint.interop.diffusers import scheduler_config
 from mezzotint.interpolants import interpolant
@@ -267,6 +269,107 @@ def test_1000_classes_have_imagenet_s_names(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(official(tmp_path / "dit.pt", words), words)
     assert len(checkpoint.class_names) == 1000
     assert checkpoint.class_names[207] == "golden retriever"
+
+
+# --------------------------------------------------------------------------------------------------- every backbone
+
+UNET = "backbone={name: unet, channels: [8, 16], resblocks: [1, 1], attention: [0, 1], heads: 2, time_width: 16}"
+OUTER = "backbone.outer=[{channels: [4, 8], resblocks: [1, 1], groups: 4}]"
+CAPTIONS = ("condition={name: text, max_tokens: 8}",)
+EVERY_BACKBONE = {  # what `convert` calls it, and overrides of the digits' recipe
+    "diffussm": ("a DiffuSSM", "backbone={name: diffussm, width: 16, depth: 2, state: 4, scan: [row, column]}"),
+    "diffussm with captions": (
+        "a DiffuSSM",
+        "backbone={name: diffussm, width: 16, depth: 1, state: 4, conditioning: cross-attention}",
+        *CAPTIONS,
+    ),
+    "unet": ("a UNet", UNET, "backbone.micro_scale=8"),
+    "nested": ("a Matryoshka network", UNET, OUTER, "backbone.text_width=12", *CAPTIONS),
+    "nested dit": (
+        "a Matryoshka network",
+        "backbone={name: dit, width: 16, depth: 1, heads: 2}",
+        OUTER,
+    ),
+    "dit with captions": (
+        "a DiT that reads captions",
+        "backbone={name: dit, width: 16, depth: 1, heads: 2, conditioning: in-context}",
+        *CAPTIONS,
+    ),
+}
+
+
+def any_output(pipeline: Pipeline) -> Tensor:
+    """Of two examples, each of another class or caption."""
+    shape = (2, *pipeline.denoiser.in_shape)
+    x = torch.arange(2.0 * math.prod(shape[1:])).sin().view(shape)
+    y: Any = torch.tensor([0, 2]) if pipeline.denoiser.num_classes else None
+    if pipeline.denoiser.text:
+        y = byte_tokens(["one", "a seven"], 8)
+    with torch.no_grad():
+        return pipeline.denoiser(x, 0.3, y).output
+
+
+@pytest.mark.parametrize("kind", EVERY_BACKBONE)
+def test_every_backbone_goes_through_files_and_folders(kind: str, tmp_path: Path) -> None:
+    called, *changes = EVERY_BACKBONE[kind]
+    asked = load_recipe("digits", changes)  # which leaves to the data and the encoder what is read of them
+    text = asked.condition.name == "text"
+    words = override_recipe(
+        asked, [f"backbone={{num_classes: {0 if text else 3}, text_features: {0 if text else 'null'}}}"]
+    )
+    pipeline = made(words, ())
+    run = run_of(pipeline, tmp_path / "run", prompts='["one", "two"]')
+    expected = any_output(pipeline)
+    assert expected.std() > 1e-3
+
+    alone, bare = tmp_path / "alone.safetensors", tmp_path / "bare.safetensors"
+    save_weights(pipeline.denoiser.backbone, alone, {"recipe": words.to_yaml()})
+    save_weights(pipeline.denoiser.backbone, bare, {})
+    again = convert(run, tmp_path / "again")
+    assert is_checkpoint(run)
+    assert is_checkpoint(alone)
+    for source, given in ((run, None), (run, asked), (alone, None), (bare, asked)):
+        loaded = load(source, recipe=given)
+        assert loaded.recipe == words
+        assert torch.equal(any_output(loaded), expected)
+        assert loaded.prompts == (("one", "two") if source == run else ())
+    assert_same(tensors_of(again), tensors_of(run))
+    assert load_recipe(again) == words
+    assert read_checkpoint(again).prompts == ("one", "two")
+    with pytest.raises(MezzotintError, match="does not say what its weights mean"):
+        load(bare)
+    formats: list[Any] = ["official", "diffusers"]
+    for to in formats:
+        with pytest.raises(MezzotintError, match=rf"is {called}, and the format '{to}' is for DiT and SiT"):
+            convert(run, tmp_path / "out", to=to)
+
+
+def test_another_recipe_than_a_file_s_is_refused(tmp_path: Path) -> None:
+    words = load_recipe("digits", [UNET, OUTER, *CAPTIONS, "backbone={num_classes: 0, text_features: 0}"])
+    run = run_of(made(words, ()), tmp_path / "run")
+
+    def refused(sentence: str, *changes: str) -> None:
+        with pytest.raises(MezzotintError, match=sentence):
+            load(run, recipe=load_recipe("digits", [UNET, OUTER, *CAPTIONS, *changes]))
+
+    refused(r"has backbone\.resblocks \(1, 1\), where recipe 'digits' says \(1, 2\)", "backbone.resblocks=[1, 2]")
+    refused(
+        r"has backbone\.outer\[0\]\.channels \(4, 8\), an input of 1 × 8 × 8, where .* says \(4, 4\), 1 × 16 × 16",
+        "backbone.outer=[{channels: [4, 4], resblocks: [1, 1], groups: 4}]",
+        "data.size=16",
+    )
+    refused("has outer levels 1, an input of 1 × 8 × 8, where .* says 0, 1 × 4 × 4", "backbone.outer=[]", "data.size=4")
+    refused("has backbone.name unet.* says dit", "backbone=dit", "backbone.outer=[]")
+    refused("has backbone.text_features 0, where .* says 16", "backbone.text_features=16")
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors_of(run), bare, {"format": "mezzotint"})
+    with pytest.raises(MezzotintError, match=r"bare\.safetensors reads captions, which recipe 'digits' has none of"):
+        load(bare, recipe=load_recipe("digits", [UNET, OUTER]))
+    other = load_recipe("digits", [UNET, *CAPTIONS])
+    with pytest.raises(MezzotintError, match=r"bare\.safetensors do not fit the network: missing down_blocks\.1\.attn"):
+        load(bare, recipe=other)
+    converted = convert(run, tmp_path / "converted", recipe=override_recipe(other, ["target=v", "condition=class"]))
+    assert load_recipe(converted) == override_recipe(words, ["target=v"]), "the meaning alone is the given recipe's"
 
 
 # -------------------------------------------------------------------------------------------------- there and back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import mezzotint
 from mezzotint.backbones.nested import MDM_CONFIGS, NestedUNet, pack, unpack
 from mezzotint.backbones.unet import UNet
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
-from mezzotint.interop.mdm import from_mdm, is_mdm, read_mdm
+from mezzotint.interop import convert, is_checkpoint, load, read_checkpoint
+from mezzotint.interop.checkpoint import empty_backbone
+from mezzotint.interop.mdm import from_mdm, from_official, is_file, is_mdm, read_mdm
+from mezzotint.pipeline import build_denoiser
+from mezzotint.recipe import Recipe, load_recipe
 
 TIME = 1024
 TEXT = 16
@@ -267,3 +274,130 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK")
     with pytest.raises(MezzotintError, match="not a whole PyTorch file"):
         read_mdm(tmp_path / "cut.pth")
+
+
+# ------------------------------------------------------------------------------------------- by the library's functions
+
+
+def official_file(path: Path, levels: int = 3) -> Path:
+    """As the training script saves it, with a configuration that is an object of the official code."""
+    torch.save({"state_dict": tensors(levels), "args": argparse.Namespace(reader_config=Configuration())}, path)
+    return path
+
+
+def words(size: int = 64) -> Recipe:
+    """Of a published network; its smallest images have `size` / 16 pixels."""
+    return load_recipe("mdm-1024", [f"data.size={size}", "backbone.text_features=null"])
+
+
+class Letters:
+    """In place of a pretrained text encoder: a token for each letter."""
+
+    width = TEXT
+
+    def encode(self, captions: list[str], *, cached: bool = True) -> Text:
+        length = max(1, *map(len, captions))
+        numbers = torch.tensor([[ord(c) for c in caption.ljust(length)] for caption in captions], dtype=torch.float32)
+        mask = torch.arange(length) < torch.tensor([[max(1, len(caption))] for caption in captions])
+        features = (numbers.unsqueeze(-1) * torch.arange(1.0, TEXT + 1)).sin() * mask.unsqueeze(-1)
+        return Text(features, mask)
+
+
+@torch.no_grad()
+def test_a_file_is_a_pipeline_whose_network_gives_the_official_outputs(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "vis_model.pth")
+    assert is_checkpoint(file)
+    read = read_checkpoint(file, words())
+    sizes = read.recipe.backbone
+    assert read.recipe.latent_shape == (3, 16, 16)
+    assert (sizes.text_features, sizes.masked_text, sizes.heads, sizes.groups) == (TEXT, False, 8, 32)
+    assert [sizes.channels, *(level.channels for level in sizes.outer)] == [level["channels"] for level in TINY]
+    assert [level.normalise_input for level in sizes.outer] == [True, False]
+    assert [sizes.micro_scale, *(level.micro_scale for level in sizes.outer)] == [64, 256, 1024], "as the recipe has it"
+
+    small = ["backbone.micro_scale=4", "backbone.outer=" + "[{channels: [32, 32], resblocks: [2, 1], micro_scale: 8, "
+             "normalise_input: true}, {channels: [32, 32], resblocks: [1, 1], micro_scale: 16}]",
+             "backbone.channels=[32, 64]", "backbone.resblocks=[1, 1]", "backbone.attention=[0, 2]"]  # fmt: skip
+    small += [f"backbone={{time_width: {TIME}, text_width: {TEXT}}}", "data.size=16", "backbone.text_features=null"]
+    asked = load_recipe("mdm-1024", small)
+    network = load(file, recipe=asked).denoiser.backbone
+    x, t, y = inputs(torch.float32)
+    expected = numbers(OFFICIAL_NESTED)
+    got = summary(unpack(network(pack(x), t, y), network.level_shapes))  # type: ignore[arg-type]
+    assert ((got - expected).abs() < 1e-5 * expected[:, :1]).all()
+
+
+def test_a_file_converts_samples_and_keeps_every_bit(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "vis_model_256x256.pth", 2)
+    found = read_checkpoint(file).recipe
+    assert (found.name, found.description) == ("vis_model_256x256", "Read from vis_model_256x256.pth.")
+    assert found.latent_shape == (3, 128, 128), "64, and the one level around it is twice as large"
+    assert (found.target, found.interpolant.name, found.time_input) == ("v", "cosine", (1000, -1))
+    assert (found.condition.name, found.condition.encoder) == ("text", "google/flan-t5-xl")
+
+    run = convert(
+        file, tmp_path / "run", recipe=load_recipe("mdm-256", ["data.size=16", "backbone.text_features=null"])
+    )
+    kept = from_mdm(tensors(2), "file").tensors
+    written = load_file(run / "model.safetensors")
+    assert written.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in written.items())
+    pipeline = load(run)
+    pipeline.captioner = Letters()  # type: ignore[assignment]
+    images = mezzotint.sample(pipeline, prompts=["a red ball", "sea"], count=2, steps=2, guidance=2.0)
+    assert images.shape == (2, 3, 8, 8)
+    assert images.isfinite().all()
+    with pytest.raises(MezzotintError, match="is a Matryoshka network, and the format 'official' is for DiT and SiT"):
+        convert(run, tmp_path / "out.pt", to="official")
+    save_file(tensors(2), tmp_path / "vis_model_256x256.safetensors")
+    assert read_checkpoint(tmp_path / "vis_model_256x256.safetensors").recipe.backbone == found.backbone
+
+
+def test_a_file_of_another_network_than_the_recipe_s_is_refused(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "vis_model.pth", 1)
+    sentence = r"vis_model\.pth is an MDM of 1 level\(s\), and recipe '{}' another network; .* or give one like mdm-64"
+    for name in ("mdm-256", "dit-xl-2-256"):
+        with pytest.raises(MezzotintError, match=sentence.format(name)):
+            read_checkpoint(file, load_recipe(name))
+    with pytest.raises(
+        MezzotintError, match=r"has backbone.channels \(32, 64\), .*where recipe 'mdm-64' says \(256, 512"
+    ):
+        load(file, recipe=load_recipe("mdm-64"))
+    with pytest.raises(MezzotintError, match=r"has 4 levels, more than the published networks; give its recipe"):
+        from_official(filled(dict(layout((*TINY, TINY[2])))), file, None)
+    with pytest.raises(MezzotintError, match=r"vis_model\.pth reads captions, which recipe 'mdm-64' has none of"):
+        read_checkpoint(file, load_recipe("mdm-64", ["condition=class", "backbone.text_features=null"]))
+    torch.save({"state_dict": 3, "temb": torch.zeros(1)}, tmp_path / "other.pth")
+    assert not is_file(tmp_path / "other.pth")
+    assert not is_file(tmp_path / "missing.pth")
+
+
+@pytest.mark.parametrize("name", MDM_CONFIGS)
+def test_a_published_file_means_the_shipped_recipe(name: str) -> None:
+    """Sizes alone, by tensors without memory."""
+    shapes = dict(layout(MDM_CONFIGS[name], text=2048))
+    content = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert from_official(content, Path("vis_model.pth"), None).recipe == load_recipe(name)
+
+
+@pytest.mark.parametrize(("name", "power"), [("mdm-64", 0), ("mdm-256", 1), ("mdm-1024", 2)])
+def test_the_recipes_have_the_public_schedule_at_every_level(name: str, power: int) -> None:
+    """Against the products of 1 − β in float64, and the signal-to-noise ratio divided by (side / 64)^power."""
+    recipe = load_recipe(name)
+    denoiser = build_denoiser(recipe, empty_backbone(recipe))
+    sides = [shape[-1] for shape in denoiser.level_shapes]
+    assert sides == [64, 256, 1024][: len(sides)]
+    signal = 1.0
+    for step in range(1, 501):
+        u, before = (math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (step, step - 1))
+        signal *= 1 - min(1 - u / before, 0.999)
+    x = torch.zeros(1, *denoiser.in_shape, dtype=torch.float64)
+    c = denoiser.interpolant.coefficients(torch.tensor([0.5], dtype=torch.float64), x)
+    alpha, sigma = (value.expand_as(x).flatten() for value in (c.alpha, c.sigma))
+    end = 0
+    for side in sides:
+        shifted = 1 / (1 + (side / 64) ** power * (1 - signal) / signal)
+        here = slice(end, end := end + 3 * side**2)
+        for got, expected in ((alpha[here], shifted**0.5), (sigma[here], (1 - shifted) ** 0.5)):
+            assert (got - expected).abs().max() < 1e-12
+    assert end == x.numel()

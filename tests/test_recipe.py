@@ -19,7 +19,8 @@ PUBLISHED += ["sit-s-2-256", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256", "sit-
 def test_every_published_configuration_has_a_recipe() -> None:
     diffussm = [f"diffussm-{size}-{side}" for size in ("s", "l", "xl") for side in (256, 512)]
     diffussm += ["diffussm-xl-256-p2", "diffussm-xl-256-uni", "diffussm-digits", "diffussm-fashion-mnist"]
-    assert sorted([*PUBLISHED, *diffussm, "digits", "fashion-mnist"]) == recipe_names()
+    mdm = ["mdm-64", "mdm-256", "mdm-1024", "mdm-emoji-32", "mdm-moving-digits"]
+    assert sorted([*PUBLISHED, *diffussm, *mdm, "digits", "fashion-mnist"]) == recipe_names()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

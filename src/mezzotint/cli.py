@@ -45,7 +45,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A run folder, an official DiT or SiT .pt, a diffusers folder; or a recipe, with its --weights.",
+        help="A run folder, an official file of DiT, SiT or MDM, a diffusers folder; or a recipe, with its --weights.",
         autocompletion=_complete_recipe,
     ),
 ]
@@ -53,7 +53,8 @@ ModelOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Overrides of sampling, guidance and representation, e.g. sampling.eta=0.5; of a recipe, anything.",
+        help="Overrides of sampling, guidance, representation and condition, e.g. sampling.eta=0.5; of a recipe, "
+        "anything.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
@@ -68,7 +69,7 @@ Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weigh
 Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]
 
 #: sections of a trained model's recipe that overrides may change: how it is sampled, and what it is scored against
-SAMPLED = ("sampling", "guidance", "representation")
+SAMPLED = ("sampling", "guidance", "representation", "condition")
 WITH_DATA = (*SAMPLED, "data")
 #: images that a command keeps in memory at once, and that a grid shows of many
 MAX_IN_MEMORY, MAX_GRID = 10_000, 100

@@ -357,8 +357,9 @@ class LoRASettings(Settings):
     """Rank of an update; 0: no LoRA."""
     alpha: int | None = Field(None, ge=1)
     """An update is scaled by alpha / rank. None: by 1."""
-    targets: tuple[str, ...] = Field(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1)
-    """Linear layers that get one: ends of their names, or glob patterns; adaLN_modulation.1 is what time enters by."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Linear layers that get one: ends of their names, or glob patterns; adaLN_modulation.1 is what time enters by.
+    None: the network's own, of DiT attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 (docs/finetuning.md)."""
 
 
 class Stage(Settings):
@@ -460,7 +461,7 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0)
     """Seed of everything random in training."""
     init: str | None = None
-    """Weights to start from: a run folder, an official .pt, a safetensors file or a diffusers folder; the network then
+    """Weights to start from: a run folder, an official file, a safetensors file or a diffusers folder; the network then
     has the data set's classes. None: fresh ones."""
     data: DataSettings = DataSettings()
     representation: RepresentationSettings = RepresentationSettings()

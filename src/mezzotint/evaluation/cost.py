@@ -42,14 +42,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper says of a network: 10⁹ multiply-adds of a forward pass, and millions of parameters."""
+    """What `source` says of a network: 10⁹ multiply-adds of a forward pass, if it does, and millions of parameters."""
 
-    gmacs: float
-    params_millions: int
+    gmacs: float | None
+    params_millions: float
     source: str
 
 
-_DIT, _DIFFUSSM = "the DiT paper", "the DiffuSSM paper"
+_DIT, _DIFFUSSM, _MDM = "the DiT paper", "the DiffuSSM paper", "the public MDM code"
 #: by recipe; SiT's networks are DiT's
 PUBLISHED = {
     "dit-s-8-256": Published(0.36, 33, _DIT),
@@ -67,11 +67,14 @@ PUBLISHED = {
     "dit-xl-2-512": Published(524.60, 675, _DIT),
     "diffussm-xl-256": Published(280, 673, _DIFFUSSM),  # its totals over the images seen: 1.85e11 / 660M
     "diffussm-xl-512": Published(1066, 673, _DIFFUSSM),  # 3.22e11 / 302M
+    "mdm-64": Published(None, 461.359107, _MDM),
+    "mdm-256": Published(None, 476.613958, _MDM),
+    "mdm-1024": Published(None, 480.970057, _MDM),
 }
 
 
 def published(recipe: Recipe) -> Published | None:
-    """The paper's figures for this recipe's network; None where it has none, or the recipe was changed."""
+    """The published figures for this recipe's network; None where it has none, or the recipe was changed."""
     found = PUBLISHED.get(recipe.name.replace("sit-", "dit-"))
     if found is None or recipe.name not in recipe_names():
         return None

@@ -1,4 +1,4 @@
-"""Other people's checkpoints, and ours for other people: official .pt, diffusers folders, safetensors, run folders."""
+"""Other people's checkpoints, and ours for other people: official files, diffusers, safetensors, run folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from torch import Tensor
 from mezzotint import pipeline
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.files import save_tensors
-from mezzotint.interop import diffusers, hub, official
-from mezzotint.interop.checkpoint import Checkpoint, Network, check, empty_backbone, parse_header
+from mezzotint.interop import diffusers, hub, mdm, official
+from mezzotint.interop.checkpoint import (
+    Checkpoint,
+    check,
+    empty_backbone,
+    fit,
+    network_sizes,
+    network_words,
+    parse_header,
+)
 from mezzotint.pipeline import Pipeline, build_denoiser, read_tensors
 from mezzotint.recipe import Recipe, load_recipe
 
@@ -29,10 +37,11 @@ Format = Literal["run", "diffusers", "official"]
 def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights: str = "model") -> Checkpoint:
     """The weights in `source`, whatever wrote them, and what they mean.
 
-    source: a run folder (`weights`.safetensors of it), a .safetensors file, a .pt or .pth of the official DiT or SiT
-    code, a folder of diffusers' DiTPipeline or DiTTransformer2DModel, or the Hugging Face hub's name of such a folder.
-    recipe: what the weights mean, where the file does not say it or is wrong; its sizes are replaced by the file's.
-    Nothing in a file is run. Raises `MezzotintError` where a file is damaged, not a network of ours, or ambiguous.
+    source: a run folder (`weights`.safetensors of it), a .safetensors file, a .pt or .pth of the official DiT, SiT or
+    MDM code, a folder of diffusers' DiTPipeline or DiTTransformer2DModel, or the Hugging Face hub's name of such a
+    folder. recipe: what the weights mean, where the file does not say it or is wrong; its sizes are replaced by the
+    file's. Nothing in a file is run. Raises `MezzotintError` where a file is damaged, not a network of ours, or
+    ambiguous.
     """
     path = locate(source)
     if (path / "recipe.yaml").is_file():
@@ -55,7 +64,7 @@ def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights
     if path.suffix in official.SUFFIXES:
         if path.name.startswith(diffusers.WEIGHTS):
             return diffusers.read_folder(path.parent, recipe)
-        return official.read_official(path, recipe)
+        return mdm.read_official(path, recipe) if mdm.is_file(path) else official.read_official(path, recipe)
     raise MezzotintError(f"{path} is no checkpoint; expected .safetensors, {', '.join(official.SUFFIXES)} or a folder")
 
 
@@ -88,7 +97,7 @@ def load(
     tensors = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in checkpoint.tensors.items()}
     backbone.load_state_dict(tensors, assign=True)
     denoiser = build_denoiser(loaded, backbone)
-    return Pipeline(loaded, denoiser.eval(), checkpoint.class_names)
+    return Pipeline(loaded, denoiser.eval(), checkpoint.class_names, checkpoint.prompts)
 
 
 def convert(
@@ -114,6 +123,8 @@ def convert(
     if out.is_file() or (out.is_dir() and any(out.iterdir())) or (out.is_dir() and to == "official"):
         raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
     checkpoint = read_checkpoint(source, recipe, weights=weights)
+    if to != "run":
+        _refuse_other_networks(checkpoint, to)
     if to == "official":
         official.write_official(checkpoint, out)
         return out
@@ -122,7 +133,11 @@ def convert(
             diffusers.write_folder(checkpoint, folder, vae)
         else:
             (folder / "recipe.yaml").write_text(checkpoint.recipe.to_yaml(), encoding="utf-8")
-            header = {"format": "mezzotint", "class_names": json.dumps(checkpoint.class_names)}
+            header = {
+                "format": "mezzotint",
+                "class_names": json.dumps(checkpoint.class_names),
+                "prompts": json.dumps(checkpoint.prompts),
+            }
             save_tensors(checkpoint.tensors, folder / "model.safetensors", header)
     return out
 
@@ -155,10 +170,12 @@ def locate(source: str | Path) -> Path:
 
 
 def _read_safetensors(path: Path, recipe: Recipe | None) -> Checkpoint:
-    """A lone safetensors file: a diffusers folder's by its names, ours by its header, else official."""
+    """A lone safetensors file: a diffusers folder's or an MDM by its names, ours by its header, else a DiT or SiT."""
     tensors, metadata = read_tensors(path)
     if any(name.startswith("transformer_blocks.") for name in tensors):
         return diffusers.read_folder(path.parent, recipe)
+    if mdm.is_mdm(tensors):
+        return mdm.from_official(tensors, path, recipe)
     if metadata.get("format") != "mezzotint" and not metadata.keys() & {"class_names", "step"}:
         return official.from_official(tensors, path, recipe)
     beside = load_recipe(path.parent) if (path.parent / "recipe.yaml").is_file() else None
@@ -169,23 +186,23 @@ def _read_ours(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], recipe: Recipe | None, beside: Recipe | None
 ) -> Checkpoint:
     """What this library wrote: of the recipe `beside` it or in its header, or meaning what `recipe` says."""
-    stored, class_names = parse_header(metadata, str(path))
+    stored, class_names, prompts = parse_header(metadata, str(path))
     stored = beside or stored
     if recipe is not None:
-        heads = None if stored is None else stored.backbone.heads
-        stored = Network.of(tensors, str(path)).fit(recipe, str(path), heads)
+        stored = fit(recipe, tensors, str(path), stored)
     if stored is None:
         raise MezzotintError(f"{path} does not say what its weights mean; give the recipe that they were trained with")
-    return check(Checkpoint(tensors, stored, class_names, str(path)))
+    return check(Checkpoint(tensors, stored, class_names, str(path), prompts))
 
 
 def _refuse_other_sizes(asked: Recipe, checkpoint: Checkpoint) -> None:
     """Raise `MezzotintError` where the recipe that was asked for describes another network than the file holds."""
     here, there = _sizes(asked), _sizes(checkpoint.recipe)
-    if asked.backbone.num_classes is None:
-        del here["backbone.num_classes"]
-    if other := [key for key, value in here.items() if there[key] != value]:
-        has = ", ".join(f"{key} {there[key]}" for key in other)
+    for key in ("backbone.num_classes", "backbone.text_features"):
+        if here[key] is None:
+            del here[key]
+    if other := [key for key in {**there, **here} if key in here and there.get(key) != here[key]]:
+        has = ", ".join(f"{key} {there.get(key)}" for key in other)
         says = ", ".join(str(here[key]) for key in other)
         raise MezzotintError(
             f"{checkpoint.source} has {has}, where recipe {asked.name!r} says {says}; leave the recipe out where the "
@@ -194,14 +211,33 @@ def _refuse_other_sizes(asked: Recipe, checkpoint: Checkpoint) -> None:
 
 
 def _sizes(recipe: Recipe) -> dict[str, Any]:
-    """What a network's tensors depend on, as far as a file can contradict it."""
-    keys = ("depth", "width", "heads", "patch_size", "conditioning", "num_classes")
-    sizes: dict[str, Any] = {f"backbone.{key}": getattr(recipe.backbone, key) for key in keys}
-    return sizes | {
-        "hidden MLP channels": int(recipe.backbone.width * recipe.backbone.mlp_ratio),
-        "an input of": "{} × {} × {}".format(*recipe.latent_shape),
+    """What a file can contradict of a recipe's network."""
+    shape = (*([recipe.data.frames] if recipe.data.frames else []), *recipe.latent_shape)
+    return {
+        **network_sizes(recipe),
+        **network_words(recipe),
+        "backbone.num_classes": recipe.backbone.num_classes,
+        "backbone.text_features": recipe.backbone.text_features,
+        "outer levels": len(recipe.backbone.outer),
+        "an input of": " × ".join(map(str, shape)),
         "a learned variance": "yes" if recipe.variance == "learned" else "no",
     }
+
+
+def _refuse_other_networks(checkpoint: Checkpoint, to: Format) -> None:
+    """Raise `MezzotintError` unless the network is one that others than this library know."""
+    backbone, kinds = checkpoint.recipe.backbone, {"diffussm": "a DiffuSSM", "unet": "a UNet"}
+    if backbone.outer:
+        kind: str | None = "a Matryoshka network"
+    elif backbone.text_features is not None and backbone.name == "dit":
+        kind = "a DiT that reads captions"
+    else:
+        kind = kinds.get(backbone.name)
+    if kind is not None:
+        raise MezzotintError(
+            f"{checkpoint.source} is {kind}, and the format {to!r} is for DiT and SiT with classes or without; convert "
+            "to a run folder"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,19 +23,23 @@ from mezzotint.recipe import Recipe, load_recipe, recipe_names
 # How far a position table may lie from the sine-cosine one; in half precision, its own rounding.
 POSITION_TOLERANCE = 1e-4
 
+# Of a backbone's settings, what is no size: words, and what acts in training alone.
+NO_SIZES = ("freq_shift", "masked_text", "normalise_input", "dropout")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights under this library's names and conventions, and the recipe that says what they mean.
 
     `tensors` are named as the backbone's state_dict and keep the file's dtype. `recipe` has the network's sizes as the
-    tensors have them. `source` names the file in messages.
+    tensors have them. `source` names the file in messages. `prompts` are captions that the network was trained with.
     """
 
     tensors: dict[str, Tensor]
     recipe: Recipe
     class_names: tuple[str, ...]
     source: str
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Network:
     hidden: int
     """Hidden width of a block's MLP."""
     num_classes: int
+    text_features: int | None
     conditioning: str
     channels: int
     size: int
@@ -79,12 +85,14 @@ class Network:
                 f"{source} puts out {outputs:g} channels for {channels}; expected {channels}, or {2 * channels} with a "
                 "variance"
             )
+        num_classes, text_features = conditions(tensors)
         return cls(
             width=width,
             depth=1 + max((int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1),
             patch_size=patch,
             hidden=shape("blocks.0.mlp.fc1.weight", 2)[0],
-            num_classes=max(0, len(tensors.get("y_embedder.embedding_table.weight", ())) - 1),
+            num_classes=num_classes,
+            text_features=text_features,
             conditioning=_conditioning(tensors, width),
             channels=channels,
             size=side * patch,
@@ -116,8 +124,7 @@ class Network:
         `heads` are what the file says; where it does not, a recipe of this width says them, or the published sizes.
         Raises `MezzotintError` where none does, or where the recipe's inputs are of another kind.
         """
-        values = recipe.model_dump()
-        backbone, representation = values["backbone"], values["representation"]
+        backbone = recipe.backbone.model_dump()
         if heads is None and backbone["width"] == self.width:
             heads = backbone["heads"]
         ratio = backbone["mlp_ratio"]
@@ -132,25 +139,114 @@ class Network:
             "heads": heads or self.published_heads(source),
             "mlp_ratio": ratio,
             "num_classes": self.num_classes,
+            "text_features": self.text_features,
             "conditioning": self.conditioning,
         }
-        if representation["name"] == "pixels":
-            if self.channels not in (1, 3):
-                raise MezzotintError(
-                    f"{source} works on {self.channels} channels and recipe {recipe.name!r} on pixels; give a recipe "
-                    "on latents (representation=kl)"
-                )
-            values["data"] |= {"channels": self.channels, "size": self.size}
-        else:
-            representation["channels"] = self.channels
-            values["data"]["size"] = self.size * representation["stride"]
-        if not self.doubled:
-            values["variance"] = "none"
-        elif recipe.variance == "none":
-            values["variance"] = "unused"  # the recipe knows of no variance, so none is what the second half means
-        if not self.num_classes:
+        return _around(backbone, recipe, source, self.channels, self.size, self.doubled)
+
+
+def fit(recipe: Recipe, tensors: Mapping[str, Tensor], source: str, stored: Recipe | None = None) -> Recipe:
+    """What `recipe` means, with the sizes of the network whose tensors these are.
+
+    They are those of `stored`, the file's own recipe; without it, a DiT's are read from the shapes, and any other
+    network must be the recipe's but for what it reads of labels or captions. Raises `MezzotintError` as `Network.fit`.
+    """
+    given = recipe.backbone
+    if stored is None and given.name == "dit" and not given.outer:
+        return Network.of(tensors, source).fit(recipe, source)
+    if stored is None:
+        num_classes, text_features = conditions(tensors)
+        backbone = given.model_dump() | {"num_classes": num_classes, "text_features": text_features}
+        stored = recipe
+    else:
+        backbone = stored.backbone.model_dump()
+        if given.name == stored.backbone.name:
+            backbone["freq_shift"] = given.freq_shift  # no size, but a word
+        if stored.condition.name != recipe.condition.name:
+            recipe = recipe.model_copy(update={"condition": stored.condition})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"frames": stored.data.frames})})
+    channels, size, _ = stored.latent_shape
+    return _around(backbone, recipe, source, channels, size, stored.variance != "none")
+
+
+def _around(backbone: dict[str, Any], recipe: Recipe, source: str, channels: int, size: int, doubled: bool) -> Recipe:
+    """`recipe` with this network, and with what follows from it.
+
+    channels, size: of its input; doubled: whether its output has twice as many. Raises `MezzotintError` where the
+    recipe's inputs or its conditions are of another kind.
+    """
+    values = recipe.model_dump() | {"backbone": backbone}
+    if recipe.representation.name == "pixels":
+        if channels not in (1, 3):
+            raise MezzotintError(
+                f"{source} works on {channels} channels and recipe {recipe.name!r} on pixels; give a recipe on latents "
+                "(representation=kl)"
+            )
+        values["data"] |= {"channels": channels, "size": size}
+    else:
+        values["representation"]["channels"] = channels
+        values["data"]["size"] = size * recipe.representation.stride
+    if not doubled:
+        values["variance"] = "none"
+    elif recipe.variance == "none":
+        values["variance"] = "unused"  # the recipe knows of no variance, so none is what the second half means
+    if backbone["text_features"] is None:
+        values["condition"]["name"] = "class"
+        if not backbone["num_classes"]:
             values["guidance"] |= {"scale": 1.0}
-        return Recipe.parse(values)
+    elif recipe.condition.name != "text":
+        raise MezzotintError(
+            f"{source} reads captions, which recipe {recipe.name!r} has none of; give a recipe with condition=text and "
+            "the encoder that it was trained with"
+        )
+    return Recipe.parse(values)
+
+
+def conditions(tensors: Mapping[str, Tensor]) -> tuple[int, int | None]:
+    """`num_classes` and `text_features` of the network whose tensors these are, whichever of ours it is."""
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(?:.+\.)?y_embedder\.(?:embedder\.)?(embedding_table|encoder.*)\.weight", name)
+        if found is None or tensor.ndim != 2:
+            continue
+        if found[1] == "embedding_table":
+            return max(0, len(tensor) - 1), None
+        return 0, tensor.shape[1] if found[1] == "encoder" else 0  # else an encoder of bytes
+    return 0, None
+
+
+def network_sizes(recipe: Recipe) -> dict[str, Any]:
+    """What two networks have in common where one's tensors mean the same in the other, by keys of a recipe.
+
+    Left out are the input's sides, labels, captions and the variance, which `finetune.initialise` can fit, and words
+    that only change what is computed (see `network_words`).
+    """
+    backbone = recipe.backbone
+    sizes = {"name": backbone.name, **backbone.options()}
+    if backbone.name == "unet":
+        sizes |= _resolved(sizes, 4 * backbone.channels[0])
+        sizes["text_width"] = backbone.text_width or sizes["time_width"]
+    elif backbone.name == "dit":
+        sizes["mlp_ratio"] = int(backbone.width * backbone.mlp_ratio) / backbone.width  # as whole channels have it
+    for i, level in enumerate(backbone.outer):
+        own = _resolved(level.model_dump(), sizes.get("time_width", 4 * level.channels[0]))
+        sizes |= {f"outer[{i}].{key}": value for key, value in own.items()}
+    sizes = {f"backbone.{key}": value for key, value in sizes.items() if key.rpartition(".")[2] not in NO_SIZES}
+    return sizes | {"channels": recipe.latent_shape[0]}
+
+
+def _resolved(level: dict[str, Any], time_width: int) -> dict[str, Any]:
+    """A UNet's settings with what they leave open."""
+    attention = level["attention"] or (0,) * len(level["channels"])
+    return level | {"attention": attention, "time_width": level["time_width"] or time_width}
+
+
+def network_words(recipe: Recipe) -> dict[str, Any]:
+    """What no tensor's shape depends on, and yet what a network computes, by keys of a recipe."""
+    words: dict[str, Any] = {"backbone.freq_shift": recipe.backbone.freq_shift}
+    words["backbone.masked_text"] = recipe.backbone.masked_text
+    for i, level in enumerate(recipe.backbone.outer):
+        words[f"backbone.outer[{i}].normalise_input"] = level.normalise_input
+    return words
 
 
 def _conditioning(tensors: Mapping[str, Tensor], width: int) -> str:
@@ -192,14 +288,14 @@ def check_positions(table: Tensor, source: str) -> None:
         )
 
 
-def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | None, tuple[str, ...]]:
-    """The recipe and the classes' names in a safetensors header, where it has them."""
+def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | None, tuple[str, ...], tuple[str, ...]]:
+    """The recipe, the classes' names and the captions in a safetensors header, where it has them."""
     try:
-        names = tuple(map(str, json.loads(metadata.get("class_names", "[]"))))
+        names, prompts = (tuple(map(str, json.loads(metadata.get(key, "[]")))) for key in ("class_names", "prompts"))
         values = yaml.safe_load(metadata["recipe"]) if "recipe" in metadata else None
     except (ValueError, TypeError, yaml.YAMLError):
         raise MezzotintError(f"the header of {source} is damaged; take another checkpoint or copy it again") from None
-    return None if values is None else Recipe.parse(values), names
+    return None if values is None else Recipe.parse(values), names, prompts
 
 
 def family_recipe(family: str, network: Network, path: Path, heads: int | None = None) -> Recipe:

@@ -108,7 +108,7 @@ def read_folder(folder: Path, recipe: Recipe | None) -> Checkpoint:
         if config.get(key, expected) != expected:
             raise MezzotintError(f"{home / 'config.json'} says {key} {config[key]!r}; only {expected!r} is supported")
     content, metadata = _read_weights(home)
-    stored, class_names = parse_header(metadata, str(home))
+    stored, class_names, _ = parse_header(metadata, str(home))
     heads = _number(config, "num_attention_heads", 16, home)
     tensors = _from_diffusers(content, home, config, stored)
     network = Network.of(tensors, str(folder))
@@ -321,7 +321,7 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
         "rescale_betas_zero_snr": False,
     }
     if path.snr_divisor != 1:
-        settings = path.model_dump()
+        settings = path.model_dump(exclude={"snr_power"})
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         alpha_squared = interpolant(settings.pop("name"), **settings).alpha(t) ** 2
         config["trained_betas"] = (1 - alpha_squared[1:] / alpha_squared[:-1]).tolist()

@@ -6,6 +6,7 @@ layers, and the sinusoids of time come sines first, here cosines first.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from torch import Tensor
 from mezzotint.backbones.nested import LevelConfig, NestedUNet, nest
 from mezzotint.backbones.unet import UNet
 from mezzotint.errors import MezzotintError
+from mezzotint.interop.checkpoint import Checkpoint, check, fit
 from mezzotint.interop.official import unpickle
 from mezzotint.pipeline import load_tensors
+from mezzotint.recipe import Recipe, load_recipe
 
 NAMES = {
     "inner_unet": "inner",
@@ -44,6 +47,12 @@ UNREADABLE = {
     "cond_layers": "micro conditioning on something else than scale",
 }
 """What of the official code has no place in our networks."""
+
+RECIPES = ("mdm-64", "mdm-256", "mdm-1024")
+"""What the published files mean, by their number of levels."""
+
+TOLD = ("channels", "resblocks", "attention", "feed_forward", "time_width")
+"""Settings of any level that the shapes of its tensors tell."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,43 @@ class _Inert:
         pass
 
 
+def read_official(path: Path, recipe: Recipe | None) -> Checkpoint:
+    """A .pth of the official code and what it means: what `recipe` says, or the published network of as many levels.
+
+    Sizes are the file's; what no shape tells (heads, groups of GroupNorms, the images' sides) is the recipe's. Raises
+    MezzotintError as `read_mdm`, and for a recipe of another kind of network or another number of levels.
+    """
+    return _meant(read_mdm(path), path, recipe)
+
+
+def from_official(content: Mapping[str, Any], path: Path, recipe: Recipe | None) -> Checkpoint:
+    """`read_official` of a state dict under the official names."""
+    return _meant(from_mdm(content, str(path)), path, recipe)
+
+
 def read_mdm(path: Path, *, input_size: int = 64) -> MDMCheckpoint:
     """A .pth of the official code, whose smallest images have sides of `input_size`, which no tensor tells.
 
     Nothing in the file is run: the configurations that the training script saves along are read as empty objects.
     Raises MezzotintError for a file that is damaged, not of that code, or of a network that we do not have.
     """
+    return from_mdm(_state_dict(path), str(path), input_size=input_size)
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file of the official MDM code. One that is damaged is none."""
+    try:
+        return is_mdm(_state_dict(path))
+    except MezzotintError:
+        return False
+
+
+def is_mdm(names: Mapping[str, Any]) -> bool:
+    """Whether these are the names of an official MDM network's tensors."""
+    return any(re.fullmatch(r"(module\.|_orig_mod\.)*temb_layer1\.weight", str(name)) for name in names)
+
+
+def _state_dict(path: Path) -> Mapping[str, Any]:
     try:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # whatever is wrong with the file, `unpickle` says it
@@ -90,12 +130,8 @@ def read_mdm(path: Path, *, input_size: int = 64) -> MDMCheckpoint:
     inert: list[Any] = [(_Inert, name) for name in classes if name != "argparse.Namespace"]
     with torch.serialization.safe_globals(inert):
         content = unpickle(path)
-    return from_mdm(content.get("state_dict", content), str(path), input_size=input_size)
-
-
-def is_mdm(names: Mapping[str, Any]) -> bool:
-    """Whether these are the names of an official MDM network's tensors."""
-    return any(re.fullmatch(r"(module\.|_orig_mod\.)*temb_layer1\.weight", name) for name in names)
+    inside = content.get("state_dict")
+    return inside if isinstance(inside, Mapping) else content
 
 
 def from_mdm(content: Mapping[str, Any], source: str, *, input_size: int = 64) -> MDMCheckpoint:
@@ -120,6 +156,52 @@ def from_mdm(content: Mapping[str, Any], source: str, *, input_size: int = 64) -
         network = nest(levels)
         load_tensors(network, {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}, source)
     return MDMCheckpoint(tensors, levels, source)
+
+
+def _meant(found: MDMCheckpoint, path: Path, recipe: Recipe | None) -> Checkpoint:
+    count = len(found.levels)
+    if recipe is None:
+        if count > len(RECIPES):
+            raise MezzotintError(f"{path} has {count} levels, more than the published networks; give its recipe")
+        words = load_recipe(RECIPES[count - 1])
+    else:
+        words = recipe
+    if words.backbone.name != "unet" or len(words.backbone.outer) != count - 1:
+        raise MezzotintError(
+            f"{path} is an MDM of {count} level(s), and recipe {words.name!r} another network; leave the recipe out, "
+            f"or give one like {' or '.join(RECIPES[count - 1 : count]) or 'mdm-1024 with more backbone.outer'}"
+        )
+    try:  # as a rule the file's network is the recipe's
+        meant = fit(words, found.tensors, str(path))
+        return check(Checkpoint(found.tensors, meant, (), str(path)))
+    except MezzotintError:
+        meant = _with_sizes(words, found, named=recipe is not None)
+        return check(Checkpoint(found.tensors, meant, (), str(path)))
+
+
+def _with_sizes(recipe: Recipe, found: MDMCheckpoint, *, named: bool) -> Recipe:
+    """`recipe` with the file's sizes; a name of its own where the recipe is not `named` by the user."""
+    inner, *outer = found.levels
+    given = recipe.backbone
+    backbone = _sized(given.model_dump(), inner)
+    backbone |= {key: inner.get(key) for key in ("middle", "text_width")}
+    backbone["outer"] = [_sized(old.model_dump(), level) for old, level in zip(given.outer, outer, strict=True)]
+    enlargement = math.prod(2 ** (len(level["channels"]) - 1) for level in outer)
+    values = recipe.model_dump() | {"backbone": backbone}
+    values["data"] |= {
+        "size": recipe.data.size // given.enlargement * enlargement,
+        "channels": inner["in_channels"],
+    }
+    if not named:
+        stem = Path(found.source)
+        values |= {"name": stem.stem, "description": f"Read from {stem.name}."}
+    return fit(Recipe.parse(values), found.tensors, found.source)
+
+
+def _sized(settings: dict[str, Any], level: LevelConfig) -> dict[str, Any]:
+    scale = level.get("micro_scale")  # the shapes tell whether there is one
+    told: dict[str, Any] = {key: value for key, value in level.items() if key in TOLD}
+    return settings | told | {"micro_scale": scale and (settings["micro_scale"] or scale)}
 
 
 def _renamed(official: str) -> str:

@@ -13,18 +13,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mezzotint.backbones import DiffuSSM, DiT, UNet
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.files import atomic_path, save_tensors, write_text
 from mezzotint.interop import Checkpoint, read_checkpoint
+from mezzotint.interop.checkpoint import network_sizes, network_words
 from mezzotint.pipeline import Pipeline, load_tensors
 from mezzotint.randomness import mix
 from mezzotint.recipe import LoRASettings, Recipe, TrainingSettings
 
-LABELS = "y_embedder.embedding_table.weight"
 TIME_BIAS = "t_embedder.mlp.2.bias"
-OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
-#: LoRA trains its own matrices and the label table, since new classes have to be learnt; `training.freeze` goes on
-LORA_FREEZE = ("*", "!y_embedder")
+OUTPUT = tuple(f"{layer}.{kind}" for layer in ("final_layer.linear", "conv_out") for kind in ("weight", "bias"))
+#: what a network has of labels, what it reads captions with, and what else is there for captions alone
+LABELS = re.compile(r"((?:inner\.)*)y_embedder\.(embedder\.)?embedding_table\.weight")
+READER = re.compile(r"(?:inner\.)*y_embedder\.(?:embedder\.)?encoder\..+")
+CAPTIONS = re.compile(READER.pattern + r"|(?:inner\.)*y_embedder\.proj\..+|.+\.(?:norm_cond|kv_cond)\..+")
+#: LoRA trains its own matrices and what reads labels or captions, since new ones have to be learnt; `training.freeze`
+#: goes on
+LORA_FREEZE = ("*", "!y_embedder", "!inner.*y_embedder")
+#: where LoRA goes by default: by the network that is innermost
+LORA_TARGETS: dict[type[nn.Module], tuple[str, ...]] = {
+    DiT: ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    DiffuSSM: ("w0", "up", "ssm_out", "down.*", "w1", "w2", "w3"),
+    UNet: ("attn.*.qkv", "attn.*.kv_cond", "attn.*.proj", "attn.*.ffn.*"),
+}
 ADAPTER = "default"
 LORA_STREAM = 3  # of random numbers, beside the loop's
 
@@ -32,9 +44,11 @@ LORA_STREAM = 3  # of random numbers, beside the loop's
 def take_classes(recipe: Recipe, class_names: Sequence[str]) -> Recipe:
     """`recipe` with as many classes as the data set has, whatever the published network had; 0 classes stay 0.
 
-    Without classes there is nothing to guide towards: guidance.scale becomes 1.
+    Without classes there is nothing to guide towards: guidance.scale becomes 1. Captions need no classes.
     """
-    if recipe.backbone.num_classes == 0 or not class_names:
+    if recipe.condition.name == "text":
+        class_names = ()
+    elif recipe.backbone.num_classes == 0 or not class_names:
         guidance = recipe.guidance.model_copy(update={"scale": 1.0})
         recipe, class_names = recipe.model_copy(update={"guidance": guidance}), ()
     backbone = recipe.backbone.model_copy(update={"num_classes": len(class_names)})
@@ -66,55 +80,113 @@ def initialise(pipeline: Pipeline, checkpoint: Checkpoint) -> list[str]:
     - the label table is kept for the same classes (as many, and of the same names where both have names). For others
       its rows stay fresh, but for the null row, which the unconditional branch was trained with. A network without
       classes takes the null row into the bias that it was always added to, and so computes what the checkpoint
-      computes for the null class (adaLN; elsewhere the label was a token of its own). One with classes, started
-      without, has a null row of zero, and so computes for the null class what the checkpoint computes.
+      computes for the null class (unless the label was a token of its own). One with classes, started without, has a
+      null row of zero, and so computes for the null class what the checkpoint computes.
+    - what reads captions is kept for features of the same width, or for bytes; else it is fresh.
     - the output layer drops a variance that the recipe does not have, and starts one that the checkpoint lacks at zero.
+
+    A Matryoshka network may have more levels than the checkpoint, or be one around a network that is none: the inner
+    levels take all of it, and compute what it computes; the outer ones stay fresh (MDM, section 3.3).
 
     Buffers, such as the position table, are functions of the recipe and stay the pipeline's: any resolution will do.
     Raises `MezzotintError` where the two networks differ in anything else.
     """
-    there, here, backbone = checkpoint.recipe, pipeline.recipe, pipeline.denoiser.backbone
-    shape = _changed(_shape(there), _shape(here))
-    if shape:
+    there, network = checkpoint.recipe, cast(Any, pipeline.denoiser.backbone)
+    levels, has = len(pipeline.recipe.backbone.outer) + 1, len(there.backbone.outer) + 1
+    if levels < has:
+        raise MezzotintError(
+            f"cannot start from {checkpoint.source}, which has {has} levels, where this recipe has {levels}; set "
+            "backbone.outer as it is there"
+        )
+    for _ in range(levels - has):
+        network = network.inner
+    here = _inside(pipeline.recipe, has)
+    if shape := _changed(_shape(there, here), _shape(here, there)):
         raise MezzotintError(
             f"cannot start from {checkpoint.source}, which is another network: {shape}; set these as they are there, "
             "or init to other weights"
         )
-    fresh, tensors = backbone.state_dict(), dict(checkpoint.tensors)
-    tensors |= {name: buffer for name, buffer in backbone.named_buffers() if name in fresh}
-    notes = _fit_labels(tensors, fresh, pipeline, checkpoint.class_names)
+    notes = _grown(pipeline, levels - has)
+    fresh, tensors = network.state_dict(), dict(checkpoint.tensors)
+    tensors |= {name: buffer for name, buffer in network.named_buffers() if name in fresh}
+    same = _same_classes(checkpoint.class_names, pipeline.class_names)
+    notes += dict.fromkeys(
+        _fit_labels(name, tensors, fresh, here, same) for name in sorted({*tensors, *fresh}) if LABELS.fullmatch(name)
+    )
+    notes += _fit_captions(tensors, fresh, there, here)
     notes += _fit_output(tensors, there, here)
-    load_tensors(backbone, tensors, checkpoint.source)
-    if words := _changed(_words(there), _words(here)):
+    load_tensors(network, tensors, checkpoint.source)
+    if words := _changed(_words(there, here), _words(here, there)):
         notes.append(f"it was trained with {words}; what that changes has to be learnt anew")
-    return notes
+    return [note for note in notes if note]
 
 
-def _fit_labels(
-    tensors: dict[str, Tensor], fresh: dict[str, Tensor], pipeline: Pipeline, names: Sequence[str]
-) -> list[str]:
-    """Make the label table, or the lack of one, that of the pipeline."""
-    theirs, ours = tensors.pop(LABELS, None), fresh.get(LABELS)
-    if theirs is None and ours is None:
+def _inside(recipe: Recipe, levels: int) -> Recipe:
+    """The recipe of the network's first levels."""
+    backbone = recipe.backbone.model_copy(update={"outer": recipe.backbone.outer[: levels - 1]})
+    return recipe.model_copy(update={"backbone": backbone})
+
+
+def _grown(pipeline: Pipeline, new: int) -> list[str]:
+    """A sentence on the outer levels that the checkpoint lacks. Raises `MezzotintError` where LoRA is to adapt them."""
+    if not new:
         return []
+    sides = ", ".join(f"{shape[-2]} × {shape[-1]}" for shape in pipeline.denoiser.level_shapes[-new:])
+    if pipeline.recipe.training.lora.rank:
+        raise MezzotintError(
+            f"training.lora adapts weights that are there already, and the outer levels ({sides}) are new; set "
+            "training.lora.rank=0"
+        )
+    return [f"the outer levels ({sides}) are new"]
+
+
+def _fit_labels(name: str, tensors: dict[str, Tensor], fresh: dict[str, Tensor], here: Recipe, same_names: bool) -> str:
+    """Make the label table `name`, or the lack of one, that of the network; returns a sentence on what is not kept."""
+    theirs, ours = tensors.pop(name, None), fresh.get(name)
     if ours is None:
         assert theirs is not None
-        if not getattr(pipeline.denoiser.backbone, "adaptive", False):
-            return [f"its label table ({len(theirs) - 1} classes) is dropped, and with it the token of the null class"]
-        tensors[TIME_BIAS] = tensors[TIME_BIAS].float() + theirs[-1].float()
-        return [f"its label table ({len(theirs) - 1} classes) is dropped; the null class is built in"]
+        biases = _added_to(name, here)
+        for bias in biases:
+            tensors[bias] = tensors[bias].float() + theirs[-1].float()
+        lost = "; the null class is built in" if biases else ", and with it the token of the null class"
+        return f"its label table ({len(theirs) - 1} classes) is dropped{lost}"
     if theirs is None:
-        tensors[LABELS] = ours.clone()
-        tensors[LABELS][-1] = 0
-        return [f"the label table is new ({len(ours) - 1} classes here, none there)"]
-    if theirs.shape == ours.shape and _same_classes(names, pipeline.class_names):
-        tensors[LABELS] = theirs
-        return []
-    tensors[LABELS] = torch.cat([ours[:-1], theirs[-1:].to(ours)])
-    return [
+        tensors[name] = ours.clone()
+        tensors[name][-1] = 0
+        return f"the label table is new ({len(ours) - 1} classes here, none there)"
+    if theirs.shape == ours.shape and same_names:
+        tensors[name] = theirs
+        return ""
+    tensors[name] = torch.cat([ours[:-1], theirs[-1:].to(ours)])
+    return (
         f"the label table is new ({len(ours) - 1} classes here, {len(theirs) - 1} there) but for its null row, "
         "which is kept"
-    ]
+    )
+
+
+def _added_to(table: str, recipe: Recipe) -> list[str]:
+    """The biases of time's embeddings that the rows of a label table are added to; none where they are tokens.
+
+    A UNet's are added in its own level and in all around it, those of another network in that alone.
+    """
+    found = LABELS.fullmatch(table)
+    assert found is not None
+    if found[2]:
+        return ["inner." * depth + TIME_BIAS for depth in range(found[1].count("inner.") + 1)]
+    return [found[1] + TIME_BIAS] if recipe.backbone.conditioning in ("adaln-zero", "adaln") else []
+
+
+def _fit_captions(tensors: dict[str, Tensor], fresh: dict[str, Tensor], there: Recipe, here: Recipe) -> list[str]:
+    """Make what reads captions that of the network, fresh where the two read other ones."""
+    theirs, ours = there.backbone.text_features, here.backbone.text_features
+    if theirs == ours:
+        return []
+    own = CAPTIONS if theirs is None or ours is None else READER
+    for name in [name for name in tensors if own.fullmatch(name)]:
+        del tensors[name]
+    tensors |= {name: tensor for name, tensor in fresh.items() if own.fullmatch(name)}
+    kinds = ["none" if n is None else f"features of width {n}" if n else "bytes" for n in (ours, theirs)]
+    return [f"what reads captions is {'dropped' if ours is None else 'new'} ({kinds[0]} here, {kinds[1]} there)"]
 
 
 def _same_classes(there: Sequence[str], here: Sequence[str]) -> bool:
@@ -142,28 +214,38 @@ def _fit_output(tensors: dict[str, Tensor], there: Recipe, here: Recipe) -> list
     return ["the learned variance is new: half-way between its bounds"] if new_variance else []
 
 
-def _shape(recipe: Recipe) -> dict[str, Any]:
-    """What two networks must share to share weights."""
-    backbone = recipe.backbone.model_dump(exclude={"num_classes", "freq_shift"})
-    width = recipe.backbone.width
-    backbone["mlp_ratio"] = int(width * recipe.backbone.mlp_ratio) / width  # as whole channels have it
-    return {f"backbone.{key}": value for key, value in backbone.items()} | {"channels": recipe.latent_shape[0]}
+def _shape(recipe: Recipe, other: Recipe) -> dict[str, Any]:
+    """What this network must share with `other` to share weights."""
+    sizes = network_sizes(recipe)
+    if not _both_read(recipe, other):
+        sizes.pop("backbone.text_width", None)
+    return sizes
 
 
-def _words(recipe: Recipe) -> dict[str, Any]:
-    """What the network's input and output mean."""
-    interpolant = {f"interpolant.{key}": value for key, value in recipe.interpolant.model_dump().items()}
-    return {
+def _words(recipe: Recipe, other: Recipe) -> dict[str, Any]:
+    """What the network's input and output mean, as far as that can differ from `other`."""
+    words = {
         "target": recipe.target,
-        **interpolant,
+        **{f"interpolant.{key}": value for key, value in recipe.interpolant.model_dump().items()},
         "time_input": list(recipe.time_input),
-        "backbone.freq_shift": recipe.backbone.freq_shift,
+        **network_words(recipe),
         "representation.name": recipe.representation.name,
+        "condition.encoder": Path(recipe.condition.encoder).name,
     }
+    if not (recipe.backbone.outer and other.backbone.outer):
+        del words["interpolant.snr_power"]
+    if not _both_read(recipe, other):
+        del words["backbone.masked_text"], words["condition.encoder"]
+    return words
+
+
+def _both_read(recipe: Recipe, other: Recipe) -> bool:
+    """Whether both networks read captions."""
+    return None not in (recipe.backbone.text_features, other.backbone.text_features)
 
 
 def _changed(there: dict[str, Any], here: dict[str, Any]) -> str:
-    keys = [key for key in here if there[key] != here[key]]
+    keys = [key for key in here if key in there and there[key] != here[key]]
     return ", ".join(f"{key} ({there[key]} there, {here[key]} here)" for key in keys)
 
 
@@ -212,11 +294,20 @@ def _add_lora(backbone: nn.Module, settings: LoRASettings, seed: int, trained: S
         raise MezzotintError(
             "training.lora needs the package peft; install it with: pip install 'mezzotint[lora]'"
         ) from None
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    # What reads labels or captions is trained in full, as a rule.
+    linear = [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and "y_embedder" not in name.split(".")
+    ]
+    chosen, default = settings.targets, settings.targets is None
+    if chosen is None:
+        innermost = [module for module in backbone.modules() if type(module) in LORA_TARGETS][-1]
+        chosen = LORA_TARGETS[type(innermost)]
     targets: list[str] = []
-    for target in settings.targets:
+    for target in chosen:
         matched = [name for name in linear if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
-        if not matched:
+        if not matched and not (default and target != chosen[0]):
             raise MezzotintError(
                 f"training.lora.targets {target!r} matches no linear layer; {_closest(target, linear)}"
             )
@@ -227,7 +318,10 @@ def _add_lora(backbone: nn.Module, settings: LoRASettings, seed: int, trained: S
             f"training.freeze lets {_listed(both)} train in full, which LoRA adapts already; leave out one of the two"
         )
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.rank if settings.alpha is None else settings.alpha, target_modules=targets
+        r=settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
+        # A pattern, because of listed names peft also takes those that end so: a level's, and its inside's.
+        target_modules="|".join(map(re.escape, targets)),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, LORA_STREAM))
