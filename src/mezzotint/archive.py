@@ -50,6 +50,8 @@ def sample_to_npz(
     path = Path(path)
     if count < 1:
         raise MezzotintError(f"count must be at least 1, got {count}")
+    if len(pipeline.denoiser.level_shapes[-1]) == 4:
+        raise MezzotintError("ADM's .npz holds images, and this model draws clips; use sample and save_video")
     labels = choose_labels(pipeline, classes, count, prompts)
     plan = _plan(pipeline, listed(labels), negative_prompt, count, seed)
     note, parts = path.with_name(path.name + ".json"), path.with_name(path.name + ".parts")

@@ -99,11 +99,15 @@ class Objective(nn.Module):
 
     def _groups(self, batch: int) -> list[tuple[Tensor, list[float]]]:
         """Examples that have the same levels, spread evenly over any part of a batch, and the weights of these."""
-        levels = torch.zeros(batch, dtype=torch.int64)
-        index = torch.arange(batch, dtype=torch.float64)
-        for share in self.level_shares:
-            levels += torch.ceil((index + 1) * share - 1e-6) > torch.ceil(index * share - 1e-6)
-        weights = [weight / share for weight, share in zip(self.level_weights, self.level_shares, strict=True)]
+        levels, rows = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+        weights = []
+        for weight, before, share in zip(
+            self.level_weights, (1.0, *self.level_shares[:-1]), self.level_shares, strict=True
+        ):
+            index, kept = torch.arange(len(rows), dtype=torch.float64), share / before
+            rows = rows[((index + 1) * kept - 1e-6).ceil() > (index * kept - 1e-6).ceil()]
+            levels[rows] += 1
+            weights.append(weight * batch / len(rows))  # the mean is over those that have the level
         found = [((levels == k).nonzero().flatten(), weights[:k]) for k in range(1, len(weights) + 1)]
         return [(rows, kept) for rows, kept in found if len(rows)]
 

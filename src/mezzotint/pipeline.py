@@ -105,8 +105,6 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     for level in settings.outer:
         frames *= level.frame_ratio
         options = level.model_dump(exclude={"frame_ratio"})
-        if settings.name != "unet":  # another network's reading of captions is not shared
-            options["text_width"] = settings.text_width
         network = NestedUNet(
             network, frames=frames, **options | {"temporal_attention": level.temporal_attention or False}
         )
@@ -217,7 +215,7 @@ def choose_labels(
     if pipeline.denoiser.text:
         if classes is not None:
             raise MezzotintError("this model is asked by captions, not by classes; give prompts")
-        prompts = pipeline.prompts if prompts is None else prompts
+        prompts = pipeline.prompts if prompts is None else [prompts] if isinstance(prompts, str) else prompts
         if not prompts:
             raise MezzotintError("this model is asked by captions and remembers none; give prompts")
         return [prompts[i * len(prompts) // count] for i in range(count)]
@@ -284,13 +282,15 @@ def sample_levels(
 ) -> list[Tensor]:
     """The images of `sample` at all resolutions of a Matryoshka network, each (count, C, h, w), smallest first.
 
-    `options` are those of `sample`. Raises `MezzotintError` as `sample` does, and for a model of one resolution.
+    `options` are those of `sample` but `trajectory`. Raises `MezzotintError` as `sample` does, and for a model of one resolution.
     """
     shapes, space = pipeline.denoiser.level_shapes, pipeline.representation
     if not isinstance(space, Pyramid):
         raise MezzotintError(f"this model has one resolution, {shapes[0][-1]}; several are those of a backbone.outer")
+    if count < 1:
+        raise MezzotintError(f"count must be at least 1, got {count}")
     labels = choose_labels(pipeline, classes, count, prompts)
-    batches = [space.decode_levels(x) for (x,) in state_batches(pipeline, labels, range(count), **options)]
+    batches = [space.decode_levels(states[-1]) for states in state_batches(pipeline, labels, range(count), **options)]
     return [torch.cat(level).float().cpu() for level in zip(*batches, strict=True)]
 
 

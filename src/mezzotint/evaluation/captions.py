@@ -59,7 +59,9 @@ def score_captions(
         raise MezzotintError("this model is not asked by captions; leave the score of captions out")
     if not isinstance(dataset, CaptionedDataset) or not dataset.has_captions:
         raise MezzotintError("captions are scored against their images, and this data set has none to look up")
-    numbers = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
+    numbers = torch.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=torch.float64).round().long().tolist()
+    # Images first: only then is it known which were unreadable, and whose captions are those of others in their place.
+    images = torch.cat([network(dataset[number][0].unsqueeze(0))["features"] for number in numbers])
     captions = [found[0] for found in dataset.captions(numbers)]
     drawn = sample_batches(
         pipeline,
@@ -72,7 +74,6 @@ def score_captions(
         **options,
     )
     samples = torch.cat([network(to_uint8(images))["features"] for images in drawn])
-    images = torch.cat([network(dataset[number][0].unsqueeze(0))["features"] for number in numbers])
     right = caption_agreement(samples, images, generator_for(seed, 0))
     scores: dict[str, Any] = {"captions": len(captions), "caption agreement": right.double().mean().item()}
     if network.knows_text:

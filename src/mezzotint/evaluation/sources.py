@@ -566,6 +566,8 @@ class PipelineSource(ImageSource):
         """classes, guidance, seed and the fields of `Sampler` are those of `sample`. Raises `MezzotintError` as it."""
         if count < 1:
             raise MezzotintError(f"count must be at least 1, got {count}")
+        if pipeline.recipe.data.frames:
+            raise MezzotintError("clips are not scored: every score here is one of images")
         self.pipeline, self.count, self.guidance, self.seed, self.options = pipeline, count, guidance, seed, options
         self.class_names = pipeline.class_names
         self.labels = choose_labels(pipeline, classes, count)

@@ -26,6 +26,7 @@ from mezzotint.data import (
     CaptionedDataset,
     ImageDataset,
     ImageStream,
+    check_captions,
     iterate_batches,
 )
 from mezzotint.data.transforms import flip
@@ -88,6 +89,8 @@ def train(
         if recipe.init is not None:
             recipe = take_classes(recipe, train_set.class_names)
         text = recipe.condition.name == "text"
+        if text:
+            check_captions(train_set)
         reader = captioner(recipe, here.device) if text else None
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
         check_run(run, recipe, resume, here)
@@ -124,6 +127,7 @@ def train(
             weight_decay=settings.weight_decay,
             fused=here.device.type in ("cpu", "cuda"),
         )
+        start_states(optimizer)
         autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
         # -------------------------------------------------------------------------------------------------- resume
@@ -137,12 +141,12 @@ def train(
         if here.is_main and not quiet:
             console.print(f"resuming {run} at step {step}, {trained}" if step else trained)
 
-        def check(losses: list[Tensor], first: int) -> list[float]:
-            """The global losses of the last steps as numbers; a non-finite one stops the run."""
+        def check(losses: list[Tensor], finished: int) -> list[float]:
+            """The global losses of the steps up to `finished` as numbers; a non-finite one stops the run."""
             values = here.mean(torch.stack(losses)).tolist() if losses else []
-            for offset, value in enumerate(values):
+            for number, value in enumerate(values, finished - len(values)):
                 if not math.isfinite(value):
-                    raise _diverged(value, first + offset, order, checkpoints)
+                    raise _diverged(value, number, order.indices(number - first), checkpoints)
             return values
 
         def save(step: int) -> None:
@@ -213,14 +217,14 @@ def train(
                 stop = interrupted() if here.size == 1 else due and here.any(interrupted())
                 save_now = finished or stop or step % settings.checkpoint_every == 0
                 if due or save_now:
-                    values = check(pending, step - len(pending) - first)
+                    values = check(pending, step)
                     pending.clear()
                     log.losses(step, values, optimizer.param_groups[0]["lr"], own.batch_size)
                 log.advance(step)
                 if test_set is not None and (finished or step % settings.validate_every == 0) and here.is_main:
                     log.scalar(step, "loss/validation", validation_loss(recipe, averaged, test_set, stage.levels))
                 if settings.sample_every and (finished or step % settings.sample_every == 0) and here.is_main:
-                    log.grid(step, averaged, run / "samples")
+                    log.grid(step, averaged, run / "samples", stage.levels)
                 if save_now:
                     save(step)
                 if stop and not finished:
@@ -342,22 +346,41 @@ def example_captions(dataset: ImageDataset | ImageStream) -> tuple[str, ...]:
         batch = next(iterate_batches(dataset, order, start_step=0, stop_step=1, captions=True))
         return tuple(dict.fromkeys(batch.captions or ()))
     if not isinstance(dataset, CaptionedDataset) or not dataset.has_captions:
-        return dataset.class_names[:EXAMPLE_CAPTIONS]
-    numbers = torch.linspace(0, len(dataset) - 1, min(4 * EXAMPLE_CAPTIONS, len(dataset))).long().tolist()
-    found = list(dict.fromkeys(options[0] for options in dataset.captions(numbers)))
-    return tuple(found[:: max(1, len(found) // EXAMPLE_CAPTIONS)][:EXAMPLE_CAPTIONS])
+        found = list(dataset.class_names)
+    else:
+        numbers = _spread(len(dataset), 4 * EXAMPLE_CAPTIONS)
+        found = list(dict.fromkeys(options[0] for options in dataset.captions(numbers)))
+    return tuple(found[i] for i in _spread(len(found), EXAMPLE_CAPTIONS))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `count`, evenly."""
+    return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).long().tolist()
 
 
 def parameter_groups(backbone: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """AdamW's groups: what is trained; apart from it, what the backbone's `ssm_parameters` names, if it has them."""
-    ssm = {id(parameter) for parameter in getattr(backbone, "ssm_parameters", tuple)()}
+    """AdamW's groups: what is trained; apart from it, what a `ssm_parameters` in it names."""
+    ssm = {id(p) for module in backbone.modules() for p in getattr(module, "ssm_parameters", tuple)()}
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    own = {"initial_lr": settings.ssm_lr or settings.lr, "weight_decay": 0.0}
+    own = {"weight_decay": 0.0} | ({} if settings.ssm_lr is None else {"initial_lr": settings.ssm_lr})
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if id(parameter) not in ssm]},
         {"params": [parameter for parameter in trained if id(parameter) in ssm], **own},
     ]
     return [group for group in groups if group["params"]]
+
+
+def start_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that AdamW starts it with at its first step.
+
+    A stage may leave some without a step; torch's checkpoints are of all or of none.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+            device = parameter.device if group["fused"] else "cpu"
+            state = (torch.zeros((), dtype=torch.float32, device=device), *zeros)
+            optimizer.state[parameter] = dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int) -> None:
@@ -420,9 +443,9 @@ def validation_loss(
     return torch.cat(losses).mean().item()
 
 
-def _diverged(value: float, step: int, order: BatchOrder, checkpoints: Checkpoints) -> MezzotintError:
-    indices = order.indices(step).tolist()
-    listed = ", ".join(map(str, indices[:16])) + (f", … ({len(indices)} in all)" if len(indices) > 16 else "")
+def _diverged(value: float, step: int, examples: Tensor, checkpoints: Checkpoints) -> MezzotintError:
+    listed = ", ".join(map(str, examples[:16].tolist()))
+    listed += f", … ({len(examples)} in all)" if len(examples) > 16 else ""
     last = checkpoints.latest()
     good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
     return MezzotintError(
@@ -520,10 +543,10 @@ class Log:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def grid(self, step: int, pipeline: Pipeline, folder: Path) -> None:
-        """Samples of the averaged model, always from the same noise."""
+    def grid(self, step: int, pipeline: Pipeline, folder: Path, levels: int | None) -> None:
+        """Samples of the averaged model, as far as its levels are trained, always from the same noise."""
         classes = pipeline.denoiser.num_classes
-        images = sample(pipeline, count=8 * min(classes, 10) if classes else 64)
+        images = sample(pipeline, count=8 * min(classes, 10) if classes else 64, levels=levels)
         name = folder / f"step-{step:08d}"
         if images.ndim == 5:
             save_video(images, name.with_suffix(".gif"), columns=8)

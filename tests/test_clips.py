@@ -1,0 +1,190 @@
+"""Clips: a UNet with frames, and a Matryoshka network of more frames outside than inside, from data to GIF."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_training import assert_same_weights, metrics
+from torch import Tensor
+
+import mezzotint
+from mezzotint.archive import sample_to_npz
+from mezzotint.cli import main
+from mezzotint.data import BatchOrder
+from mezzotint.data.transforms import to_float
+from mezzotint.errors import MezzotintError
+from mezzotint.objectives import Objective
+from mezzotint.pipeline import sample_levels
+from mezzotint.recipe import Recipe, load_recipe, override_recipe
+from mezzotint.training.ema import EMA
+
+UNET = "name: unet, channels: [8], resblocks: [1], attention: [0], temporal_attention: [1], middle: false, groups: 4"
+OUTER = "outer: [{channels: [8, 8], resblocks: [1, 1], groups: 4, frame_ratio: 2, temporal_attention: [0, 1]}]"
+NETWORKS = {"unet": UNET, "nested": f"{UNET}, {OUTER}"}
+SHORT = (
+    "data={name: moving-digits, size: 16, frames: 4, examples: 20}",
+    "training={steps: 2, batch_size: 2, ema_warmup: true, log_every: 1, checkpoint_every: 100}",
+    "objective.times=auto",
+    "sampling=ode-euler",
+    "sampling.steps=2",
+)
+
+
+def recipe_of(network: str, *overrides: str) -> Recipe:
+    return load_recipe(
+        "digits", [*SHORT, "training.lr_schedule=constant", f"backbone={{{NETWORKS[network]}, heads: 2}}", *overrides]
+    )
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two steps, with samples of it on the way."""
+    folder = tmp_path_factory.mktemp(network) / "whole"
+    mezzotint.train(recipe_of(network, "training.sample_every=2"), folder, quiet=True)
+    return folder
+
+
+def frames_of(path: Path) -> int:
+    with Image.open(path) as picture:
+        return getattr(picture, "n_frames", 1)
+
+
+def test_trains_and_samples_clips(network: str, whole: Path) -> None:
+    assert list(metrics(whole)) == [1, 2]
+    assert frames_of(whole / "samples" / "step-00000002.gif") == 4
+    pipeline = mezzotint.load(whole)
+    clips = mezzotint.sample(pipeline, [3, 8], count=3)
+    assert clips.shape == (3, 4, 1, 16, 16)
+    assert clips.isfinite().all()
+    torch.testing.assert_close(clips, mezzotint.sample(pipeline, [3, 8], count=3, batch_size=1), rtol=1e-4, atol=1e-4)
+    if network == "nested":
+        assert pipeline.denoiser.level_shapes == ((2, 1, 8, 8), (4, 1, 16, 16))
+        low, high = sample_levels(pipeline, [3, 8], count=3)
+        assert low.shape == (3, 2, 1, 8, 8)
+        assert torch.equal(high, clips)
+    else:
+        assert pipeline.denoiser.in_shape == (4, 1, 16, 16)
+
+
+def test_guided_clips(whole: Path) -> None:
+    pipeline = mezzotint.load(whole)
+    clips = mezzotint.sample(pipeline, [3], count=2, guidance=2, sampler="ddpm", steps=2)
+    assert clips.shape == (2, 4, 1, 16, 16)
+    with pytest.raises(MezzotintError, match=r"guidance\.channels means nothing for a pyramid or a clip"):
+        mezzotint.sample(pipeline, [3], count=1, guidance=mezzotint.guidance.Guidance(channels=1))
+
+
+def test_the_network_is_given_the_clips(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very clips of the data set; their low level is every second frame, averaged over 2 × 2 pixels."""
+    seen: list[Tensor] = []
+    forward = Objective.forward
+
+    def note(objective: Objective, x: Tensor, y: Any, draw: Any) -> Any:
+        seen.append(x)
+        return forward(objective, x, y, draw)
+
+    monkeypatch.setattr(Objective, "forward", note)
+    recipe = recipe_of(network)
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    dataset = recipe.data.load("train")
+    for step, x in enumerate(seen):
+        clips = to_float(torch.stack([dataset[int(i)][0] for i in BatchOrder(20, 2, recipe.seed).indices(step)]))  # type: ignore[index]
+        if network == "unet":
+            assert torch.equal(x, clips)
+        else:
+            low = torch.stack([F.avg_pool2d(clips[:, f], 2) for f in (0, 2)], dim=1)
+            torch.testing.assert_close(x, torch.cat([low.flatten(1), clips.flatten(1)], dim=1))
+
+
+def test_resume_ends_with_the_same_weights(
+    network: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, update = tmp_path / "stopped", EMA.update
+    recipe = recipe_of(network, "training.sample_every=2")
+
+    def interrupted_update(ema: EMA[Any], module: torch.nn.Module, step: int) -> None:
+        update(ema, module, step)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", interrupted_update)
+        with pytest.raises(KeyboardInterrupt):
+            mezzotint.train(recipe, run, quiet=True)
+    mezzotint.train(recipe, run, resume=True, quiet=True)
+    assert_same_weights(whole, run)
+
+
+def test_stages_of_clips(tmp_path: Path) -> None:
+    """Two frames at 8 pixels first, then four at 16, the data read ahead and validated."""
+    recipe = recipe_of("nested", "training.stages=[{levels: 1, steps: 1}]", "training.validate_every=1")
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    assert list(metrics(tmp_path / "run", "loss/validation")) == [1, 2]
+
+
+def test_clips_by_captions(tmp_path: Path) -> None:
+    captions = ["condition={name: text, max_tokens: 6}", "guidance.scale=2"]
+    recipe = override_recipe(recipe_of("nested"), captions)
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    pipeline = mezzotint.load(tmp_path / "run")
+    assert pipeline.prompts == tuple("0123456789")
+    assert mezzotint.sample(pipeline, prompts=["3", "8"], count=2, negative_prompt="5").shape == (2, 4, 1, 16, 16)
+
+
+def test_clips_on_the_command_line(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, " ".join(err.split())
+
+    code, out, err = run("sample", whole, "--classes", "3, 8", "--count", 4)
+    assert (code, out.split()) == (0, [str(whole / "samples.gif")]), err
+    with Image.open(whole / "samples.gif") as picture:
+        assert getattr(picture, "n_frames", 1) == 4
+        assert picture.info["duration"] in (120, 130), "eight frames a second"
+        assert picture.width == picture.height, "two classes, two clips of each"
+    code, _, err = run("sample", whole, "--count", 2, "--fps", 20, "--out", tmp_path / "fast.gif")
+    assert code == 0, err
+    with Image.open(tmp_path / "fast.gif") as picture:
+        assert picture.info["duration"] == 50
+    for option in ("--npz", "--png", "--trajectory", "--levels"):
+        code, _, err = run("sample", whole, option, tmp_path / "no")
+        assert code == 2
+        assert "clips are written by --out alone, as a .gif or an .mp4" in err
+    code, _, err = run("sample", whole, "--count", 1, "--out", tmp_path / "clip.png")
+    assert code == 2
+    assert "videos are written as .gif or .mp4, not clip.png" in err
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(MezzotintError, match=r"ADM's \.npz holds images, and this model draws clips"):
+        sample_to_npz(mezzotint.load(whole), tmp_path / "s.npz", count=1)
+
+
+@pytest.mark.parametrize(
+    ("network", "overrides", "message"),
+    [
+        ("nested", ["data.frames=5"], r"frame_ratio makes 2 times as many frames as inside, which does not divide"),
+        ("unet", ["backbone=dit-s-2", "backbone.patch_size=2"], "clips need a network with time, and dit has none"),
+        ("nested", ["data={name: digits, size: 16, frames: 0, examples: 10000}"], "frame_ratio makes 2 times"),
+    ],
+)
+def test_networks_that_do_not_take_clips(network: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(MezzotintError, match=message) as raised:
+        override_recipe(recipe_of(network), overrides)
+    assert "\n" not in str(raised.value)
