@@ -282,7 +282,8 @@ def sample_levels(
 ) -> list[Tensor]:
     """The images of `sample` at all resolutions of a Matryoshka network, each (count, C, h, w), smallest first.
 
-    `options` are those of `sample` but `trajectory`. Raises `MezzotintError` as `sample` does, and for a model of one resolution.
+    `options` are those of `sample` but `trajectory`. Raises `MezzotintError` as `sample` does, and for a model of one
+    resolution.
     """
     shapes, space = pipeline.denoiser.level_shapes, pipeline.representation
     if not isinstance(space, Pyramid):
