@@ -76,12 +76,15 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", help="Only these, by label.")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--sampler", help="Instead of the recipe's.")
+    parser.add_argument("--steps", type=int, help="Of the sampler, instead of the recipe's.")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-cost"))
     parser.add_argument("--write", action="store_true", help="Write the table of all that is there into the docs.")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     base = load_recipe(study.budget)
     gmacs = study.share * training_gmacs(base) * base.training.steps
+    sampling = {key: getattr(arguments, key) for key in ("sampler", "steps") if getattr(arguments, key) is not None}
     done: dict[str, list[dict[str, Any]]] = {}
     for label, (name, *overrides) in study.cells.items():
         for seed in arguments.seeds:
@@ -101,7 +104,9 @@ def main() -> None:
             chosen = arguments.cells is None or label in arguments.cells
             if not scores.is_file() and chosen and not (arguments.write and not folder.exists()):
                 train(recipe, folder, resume=(folder / "recipe.yaml").is_file())
-                figures = evaluate(load(folder), count=arguments.count, guidance=arguments.guidance, seed=seed)
+                figures = evaluate(
+                    load(folder), count=arguments.count, guidance=arguments.guidance, seed=seed, **sampling
+                )
                 write_text(scores, json.dumps(figures, indent=2) + "\n")
             if scores.is_file():
                 kept = {"recipe": load_recipe(folder), "scores": json.loads(scores.read_text())}
