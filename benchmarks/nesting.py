@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import machine, median, once, table, write_section
@@ -22,8 +23,11 @@ from mezzotint.denoiser import in_shape
 from mezzotint.evaluation.cost import cost
 from mezzotint.training.parallel import choose_device
 
-INNER = {"channels": (64, 128, 192), "resblocks": (2, 2, 2), "attention": (0, 1, 2), "feed_forward": True, "heads": 4}
-OUTER = {"channels": (16, 32), "resblocks": (2, 1)}
+INNER: dict[str, Any] = {
+    **{"channels": (64, 128, 192), "resblocks": (2, 2, 2), "attention": (0, 1, 2)},
+    **{"feed_forward": True, "heads": 4},
+}
+OUTER: dict[str, Any] = {"channels": (16, 32), "resblocks": (2, 1)}
 SIDE = 64
 
 
