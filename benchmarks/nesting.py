@@ -24,8 +24,11 @@ from mezzotint.evaluation.cost import cost
 from mezzotint.training.parallel import choose_device
 
 INNER: dict[str, Any] = {
-    **{"channels": (64, 128, 192), "resblocks": (2, 2, 2), "attention": (0, 1, 2)},
-    **{"feed_forward": True, "heads": 4},
+    "channels": (64, 128, 192),
+    "resblocks": (2, 2, 2),
+    "attention": (0, 1, 2),
+    "feed_forward": True,
+    "heads": 4,
 }
 OUTER: dict[str, Any] = {"channels": (16, 32), "resblocks": (2, 1)}
 SIDE = 64
