@@ -17,6 +17,11 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/dit.py
+	$(BIN)/python benchmarks/diffussm.py
+	$(BIN)/python benchmarks/nesting.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/evaluation.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

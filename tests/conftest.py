@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import mezzotint
+from mezzotint.cli import main
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
 
 SHORT = (
@@ -57,3 +60,29 @@ def pipeline(tiny: Recipe) -> mezzotint.Pipeline:
     for parameter in made.denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     return made
+
+
+class Result(NamedTuple):
+    """Of a command: its exit code, its output, and its errors on one line."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``mezzotint ARGUMENTS`` in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return Result(int(stopped.value.code or 0), out, " ".join(err.split()))
+
+    return run

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT
+from conftest import SHORT, Command
 from PIL import Image
 from test_diffussm import stir
 from test_text import written
-from test_training import assert_same_weights, metrics
+from test_training import assert_same_weights, interrupt, metrics
 from torch import Tensor
 
 import mezzotint
 from mezzotint.archive import sample_to_npz
-from mezzotint.cli import main
 from mezzotint.conditions.text import byte_tokens
 from mezzotint.data import BatchOrder, digits
 from mezzotint.data.base import InMemoryImages
@@ -35,7 +31,6 @@ from mezzotint.pipeline import conditional_model
 from mezzotint.recipe import Recipe, load_recipe, override_recipe, resolve
 from mezzotint.samplers import example_generators
 from mezzotint.training import loop
-from mezzotint.training.ema import EMA
 
 TOKENS = 6
 UNET = "channels: [8, 8], resblocks: [1, 1], attention: [0, 1], heads: 2, groups: 4, middle: false, text_width: 8"
@@ -130,18 +125,9 @@ def test_micro_batches_have_their_own_captions(whole: Path, tmp_path: Path) -> N
     assert metrics(tmp_path / "parts") == pytest.approx(metrics(whole), rel=1e-4)
 
 
-def test_resume_ends_with_the_same_weights(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, update = tmp_path / "stopped", EMA.update
-
-    def interrupted_update(ema: EMA[Any], module: torch.nn.Module, step: int) -> None:
-        update(ema, module, step)
-        if step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EMA, "update", interrupted_update)
-        with pytest.raises(KeyboardInterrupt):
-            mezzotint.train(recipe_of(), run, quiet=True)
+def test_resume_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    interrupt(recipe_of(), run, 3)
     mezzotint.train(recipe_of(), run, resume=True, quiet=True)
     assert_same_weights(whole, run)
 
@@ -281,7 +267,7 @@ def test_captions_of_any_length_share_a_batch() -> None:
     assert pipeline.no_caption.mask.sum() == 1
 
 
-def test_an_archive_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_of_prompts(tmp_path: Path) -> None:
     """The images of `sample`, without labels; what was drawn already is not drawn again unless a prompt is another."""
     pipeline, path = stirred(), tmp_path / "s.npz"
     options: dict[str, Any] = {"prompts": ["a", "b"], "negative_prompt": "c", "batch_size": 2}
@@ -454,23 +440,6 @@ def test_what_cannot_be_scored(described: Path, pipeline: mezzotint.Pipeline) ->
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``mezzotint ARGUMENTS`` in this process: exit code, output, errors on one line."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, " ".join(err.split())
-
-    return run
 
 
 def test_prompts_on_the_command_line(command: Command, whole: Path, tmp_path: Path) -> None:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, Command
 from PIL import Image
-
-from mezzotint.cli import main
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, " ".join(err.split())
 
 
 @pytest.fixture
-def mezzotint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs ``mezzotint ARGUMENTS`` in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Result(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return run
+def mezzotint(command: Command) -> Command:
+    """By the name that a user types."""
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_train_sample_evaluate(mezzotint: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mezzotint("train", "digits", *TINY, "--out", run).code == 0
     files = ["--png", tmp_path / "png", "--trajectory", tmp_path / "way.gif"]
@@ -76,7 +60,7 @@ def test_train_sample_evaluate(mezzotint, tmp_path: Path) -> None:  # type: igno
     assert "real data" in scored.out
 
 
-def test_evaluate_images_against_images(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_evaluate_images_against_images(mezzotint: Command, trained: Path, tmp_path: Path) -> None:
     """Two sets that no model of ours made: an .npz against a folder of the same images is at distance zero."""
     sets = tmp_path / "s.npz", tmp_path / "png"
     assert mezzotint("sample", trained, "--count", 60, "--npz", sets[0], "--png", sets[1]).code == 0
@@ -94,13 +78,13 @@ def test_evaluate_images_against_images(mezzotint, trained: Path, tmp_path: Path
     assert "class agreement" in json.loads((tmp_path / "c.json").read_text())["sets"]["samples"]
 
 
-def test_the_same_command_writes_the_same_file(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_command_writes_the_same_file(mezzotint: Command, trained: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         assert mezzotint("sample", trained, "--out", tmp_path / name, "--count", 4).code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_cost(mezzotint) -> None:  # type: ignore[no-untyped-def]
+def test_cost(mezzotint: Command) -> None:
     counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--json").out)
     assert (counted["params"], counted["trainable_params"]) == (675_129_632, 674_834_720)
     assert counted["gmacs"] == pytest.approx(118.64, rel=3e-3)
@@ -108,7 +92,7 @@ def test_cost(mezzotint) -> None:  # type: ignore[no-untyped-def]
     assert json.loads(mezzotint("cost", "digits", "backbone=dit-s-2", "--json").out)["params"] > 32e6
 
 
-def test_recipes(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_recipes(mezzotint: Command, tmp_path: Path) -> None:
     assert "dit-xl-2-512" in mezzotint("recipes").out
     (tmp_path / "copy.yaml").write_text(mezzotint("recipes", "digits", "seed=5").out)
     from mezzotint import load_recipe
@@ -116,14 +100,14 @@ def test_recipes(mezzotint, tmp_path: Path) -> None:  # type: ignore[no-untyped-
     assert load_recipe(tmp_path / "copy.yaml").seed == 5
 
 
-def test_cost_of_the_samplers(mezzotint) -> None:  # type: ignore[no-untyped-def]
+def test_cost_of_the_samplers(mezzotint: Command) -> None:
     counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--samplers", "--json").out)["evaluations"]
     assert (counted["ddpm"], counted["ode-heun"], counted["sde-heun"], counted["ode-dopri5"]) == (250, 499, 499, None)
     shown = mezzotint("cost", "sit-xl-2-256", "--samplers").out
     assert "59,311" in shown, "250 guided steps of 118.62 GMACs, twice"
 
 
-def test_convert_and_sample_a_checkpoint(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_convert_and_sample_a_checkpoint(mezzotint: Command, trained: Path, tmp_path: Path) -> None:
     """A recipe with a file gives the very images of the run that the file came from."""
     ours = tmp_path / "model.safetensors"
     ours.write_bytes((trained / "model.safetensors").read_bytes())
@@ -140,7 +124,7 @@ def test_convert_and_sample_a_checkpoint(mezzotint, trained: Path, tmp_path: Pat
     assert "exists already" in mezzotint("convert", trained, tmp_path / "copy").err
 
 
-def test_sampling_in_bf16_is_near_that_in_fp32(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_sampling_in_bf16_is_near_that_in_fp32(mezzotint: Command, trained: Path, tmp_path: Path) -> None:
     import numpy as np
 
     drawn = []
@@ -164,7 +148,7 @@ def test_imagenet_classes_by_name() -> None:
         parse_classes(["goldn retriever"], 1000, names)
 
 
-def test_sweep_and_its_pictures_in_the_page(mezzotint, trained: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_sweep_and_its_pictures_in_the_page(mezzotint: Command, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for name in ("recipe.yaml", "model.safetensors"):
@@ -185,10 +169,10 @@ def test_sweep_and_its_pictures_in_the_page(mezzotint, trained: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["sample"], ["evaluate"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]]
+    "words", [[], ["train"], ["sample"], ["evaluate"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]]
 )
-def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no-untyped-def]
-    shown = mezzotint(*command, "--help")
+def test_help_teaches(mezzotint: Command, words: list[str]) -> None:
+    shown = mezzotint(*words, "--help")
     assert shown.code == 0
     assert "Usage: mezzotint" in shown.out
 
@@ -233,7 +217,7 @@ def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(  # type: ignore[no-untyped-def]
+def test_a_mistake_is_one_sentence_and_exit_code_2(
     mezzotint, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -248,7 +232,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(  # type: ignore[no-untyped-d
     assert list(tmp_path.iterdir()) == [], "nothing was begun"
 
 
-def test_a_wrong_option_is_explained(mezzotint) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_option_is_explained(mezzotint: Command) -> None:
     wrong = mezzotint("train", "digits", "--ouy", "x")
     assert wrong.code == 2
     assert "No such option" in wrong.err

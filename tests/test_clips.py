@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Command
 from PIL import Image
-from test_training import assert_same_weights, metrics
+from test_training import assert_same_weights, interrupt, metrics
 from torch import Tensor
 
 import mezzotint
 from mezzotint.archive import sample_to_npz
-from mezzotint.cli import main
 from mezzotint.data import BatchOrder
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import sample_levels
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
-from mezzotint.training.ema import EMA
 
 UNET = "name: unet, channels: [8], resblocks: [1], attention: [0], temporal_attention: [1], middle: false, groups: 4"
 OUTER = "outer: [{channels: [8, 8], resblocks: [1, 1], groups: 4, frame_ratio: 2, temporal_attention: [0, 1]}]"
@@ -108,21 +105,10 @@ def test_the_network_is_given_the_clips(network: str, tmp_path: Path, monkeypatc
             torch.testing.assert_close(x, torch.cat([low.flatten(1), clips.flatten(1)], dim=1))
 
 
-def test_resume_ends_with_the_same_weights(
-    network: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, update = tmp_path / "stopped", EMA.update
+def test_resume_ends_with_the_same_weights(network: str, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
     recipe = recipe_of(network, "training.sample_every=2")
-
-    def interrupted_update(ema: EMA[Any], module: torch.nn.Module, step: int) -> None:
-        update(ema, module, step)
-        if step == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EMA, "update", interrupted_update)
-        with pytest.raises(KeyboardInterrupt):
-            mezzotint.train(recipe, run, quiet=True)
+    interrupt(recipe, run, 1)
     mezzotint.train(recipe, run, resume=True, quiet=True)
     assert_same_weights(whole, run)
 
@@ -143,32 +129,22 @@ def test_clips_by_captions(tmp_path: Path) -> None:
     assert mezzotint.sample(pipeline, prompts=["3", "8"], count=2, negative_prompt="5").shape == (2, 4, 1, 16, 16)
 
 
-def test_clips_on_the_command_line(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, " ".join(err.split())
-
-    code, out, err = run("sample", whole, "--classes", "3, 8", "--count", 4)
+def test_clips_on_the_command_line(command: Command, whole: Path, tmp_path: Path) -> None:
+    code, out, err = command("sample", whole, "--classes", "3, 8", "--count", 4)
     assert (code, out.split()) == (0, [str(whole / "samples.gif")]), err
     with Image.open(whole / "samples.gif") as picture:
         assert getattr(picture, "n_frames", 1) == 4
         assert picture.info["duration"] in (120, 130), "eight frames a second"
         assert picture.width == picture.height, "two classes, two clips of each"
-    code, _, err = run("sample", whole, "--count", 2, "--fps", 20, "--out", tmp_path / "fast.gif")
+    code, _, err = command("sample", whole, "--count", 2, "--fps", 20, "--out", tmp_path / "fast.gif")
     assert code == 0, err
     with Image.open(tmp_path / "fast.gif") as picture:
         assert picture.info["duration"] == 50
     for option in ("--npz", "--png", "--trajectory", "--levels"):
-        code, _, err = run("sample", whole, option, tmp_path / "no")
+        code, _, err = command("sample", whole, option, tmp_path / "no")
         assert code == 2
         assert "clips are written by --out alone, as a .gif or an .mp4" in err
-    code, _, err = run("sample", whole, "--count", 1, "--out", tmp_path / "clip.png")
+    code, _, err = command("sample", whole, "--count", 1, "--out", tmp_path / "clip.png")
     assert code == 2
     assert "videos are written as .gif or .mp4, not clip.png" in err
     assert not (tmp_path / "no").exists()

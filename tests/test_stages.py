@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from safetensors.torch import load_file
-from test_training import ALONE, assert_same_weights, metrics, weights
+from test_training import ALONE, assert_same_weights, interrupt, metrics, weights
 from torch import Tensor
 
 import mezzotint
 from mezzotint.backbones.nested import unpack
-from mezzotint.cli import main
 from mezzotint.data import BatchOrder, digits, iterate_batches
 from mezzotint.errors import MezzotintError
 from mezzotint.randomness import generator_for, mix
@@ -298,19 +297,10 @@ def test_a_pyramid_of_latents_and_of_cached_ones(recipe: Recipe, tmp_path: Path)
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_run_stopped_in_any_stage_ends_with_the_same_weights(
-    recipe: Recipe, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, whole: Path, tmp_path: Path, stop: int
 ) -> None:
-    run, update = tmp_path / "stopped", EMA.update
-
-    def interrupted_update(ema: EMA[Any], module: torch.nn.Module, step: int) -> None:
-        update(ema, module, step)
-        if step == stop:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EMA, "update", interrupted_update)
-        with pytest.raises(KeyboardInterrupt):
-            mezzotint.train(recipe, run, quiet=True)
+    run = tmp_path / "stopped"
+    interrupt(recipe, run, stop)
     assert Checkpoints(run / "state", ALONE, 9).latest() == stop
     mezzotint.train(recipe, run, resume=True, quiet=True)
     assert_same_weights(whole, run)
@@ -404,35 +394,25 @@ def test_mistakes_are_one_sentence(recipe: Recipe, tmp_path: Path, overrides: li
     assert list(tmp_path.iterdir()) == [], "no folder is left behind"
 
 
-def test_levels_on_the_command_line(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_levels_on_the_command_line(command: Command, whole: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, " ".join(err.split())
-
     levels, way, npz = tmp_path / "levels.png", tmp_path / "way.gif", tmp_path / "s.npz"
-    code, out, err = run("sample", whole, "--classes", "3, 8", "--count", 4, "--levels", levels)
+    code, out, err = command("sample", whole, "--classes", "3, 8", "--count", 4, "--levels", levels)
     assert (code, out.split()) == (0, [str(whole / "samples.png"), str(levels)]), err
     with Image.open(levels) as picture, Image.open(whole / "samples.png") as grid:
         assert picture.width == 2 * (grid.width - 2) + 2, "each image twice, at both resolutions"
         assert picture.height == grid.height
-    assert run("sample", whole, "--count", 2, "--trajectory", way)[0] == 0
-    assert run("sample", whole, "--count", 3, "--npz", npz)[0] == 0
-    code, _, err = run("sample", whole, "--npz", npz, "--levels", levels)
+    assert command("sample", whole, "--count", 2, "--trajectory", way)[0] == 0
+    assert command("sample", whole, "--count", 3, "--npz", npz)[0] == 0
+    code, _, err = command("sample", whole, "--npz", npz, "--levels", levels)
     assert code == 2
     assert "--npz, --trajectory and --levels do not go together" in err
-    code, _, err = run("evaluate", whole, "--features", "pixels", "--count", 8, "--out", tmp_path / "s.json")
+    code, _, err = command("evaluate", whole, "--features", "pixels", "--count", 8, "--out", tmp_path / "s.json")
     assert code == 0, err
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["sets"]["samples"]["images"] == 8
-    code, _, err = run("evaluate", whole, "--features", "pixels", "--count", 8, "--likelihood", 2)
+    code, _, err = command("evaluate", whole, "--features", "pixels", "--count", 8, "--likelihood", 2)
     assert code == 2
     assert "bits per dimension are those of images by class, not of pyramids" in err
 

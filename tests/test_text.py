@@ -476,7 +476,7 @@ def test_a_damaged_cache_is_no_matter(
 
 def test_default_cache(folders: dict[str, Path]) -> None:
     from mezzotint.conditions.encoders import TextEncoder
-    from mezzotint.evaluation.sources import cache_folder
+    from mezzotint.files import cache_folder
 
     encoder = TextEncoder(str(folders["clip"]))
     encoder.encode(["a heart"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,21 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
+
+
+def interrupt(recipe: Recipe, run: Path, stop: int) -> None:
+    """Train until Ctrl-C, which comes at the end of a step."""
+    update = EMA.update
+
+    def interrupted_update(ema: EMA[Any], module: torch.nn.Module, step: int) -> None:
+        update(ema, module, step)
+        if step == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EMA, "update", interrupted_update)
+        with pytest.raises(KeyboardInterrupt):
+            mezzotint.train(recipe, run, quiet=True)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -174,21 +190,10 @@ def test_compiled_training_follows_eager(tiny: Recipe, whole: Path, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------- stop and go on
 
 
-def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(
-    tiny: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(tiny: Recipe, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
-    update, handler = EMA.update, signal.getsignal(signal.SIGINT)
-
-    def interrupted_update(ema: EMA, module: torch.nn.Module, step: int) -> None:
-        update(ema, module, step)
-        if step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EMA, "update", interrupted_update)
-        with pytest.raises(KeyboardInterrupt):
-            mezzotint.train(tiny, run, quiet=True)
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt(tiny, run, 3)
     assert signal.getsignal(signal.SIGINT) is handler, "the caller's handler is back"
     assert Checkpoints(run / "state", ALONE, 2).latest() == 3
     mezzotint.train(tiny, run, resume=True, quiet=True)

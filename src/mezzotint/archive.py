@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, write_text
+from mezzotint.files import atomic_path, tensors_digest, write_text
 from mezzotint.images import adm_pixels
-from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches, tensors_digest
+from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.progress import console
 
 POLL_SECONDS = 1.0

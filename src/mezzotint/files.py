@@ -1,12 +1,17 @@
-"""Writing files so that a crash, a full disk or a kill leaves the old one or the new one, never half of either."""
+"""Writing files so that a crash, a full disk or a kill leaves the old one or the new one, never half of either.
+
+And what files are told apart by, and where those are kept that can be made again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,3 +67,19 @@ def write_text(path: str | Path, text: str) -> None:
     """`atomic_path`, for text."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:
+    """8 hexadecimal digits over names, shapes and values of `tensors`, and over the representations of `extra`."""
+    digest = hashlib.sha256(repr(extra).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:8]
+
+
+def cache_folder() -> Path:
+    """Where what is costly to make is kept: $MEZZOTINT_CACHE, else mezzotint in the user's cache folder."""
+    if chosen := os.environ.get("MEZZOTINT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"

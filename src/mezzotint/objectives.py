@@ -87,9 +87,9 @@ class Objective(nn.Module):
             y = replaced(y, draw.drop, self.null)
         elif y is not None and self.denoiser.num_classes:
             y = torch.where(draw.drop, self.denoiser.num_classes, y)
+        if min(self.level_shares) == 1:
+            return self._losses(x, y, draw, self.level_weights)
         groups = self._groups(len(x))
-        if len(groups) == 1:
-            return self._losses(x, y, draw, groups[0][1])
         parts = []
         for rows, weights in groups:
             chosen = rows.to(x.device)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -166,15 +165,6 @@ def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> N
     """Write a backbone's parameters and buffers as safetensors, whole or not at all."""
     with atomic_path(path) as temporary:
         save_tensors(backbone.state_dict(), temporary, {"format": "mezzotint", **metadata})
-
-
-def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:
-    """8 hexadecimal digits over names, shapes and values of `tensors`, and over the representations of `extra`."""
-    digest = hashlib.sha256(repr(extra).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:8]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

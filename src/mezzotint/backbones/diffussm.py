@@ -18,6 +18,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    patch_grid,
     position_table,
     unpatchify,
 )
@@ -80,12 +81,8 @@ class DiffuSSM(nn.Module):
         bidirectional: bool = True,
     ) -> None:
         super().__init__()
-        rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if rows % patch_size or columns % patch_size:
-            raise MezzotintError(
-                f"input size {rows}×{columns} cannot be cut into patches of {patch_size}; use multiples of {patch_size}"
-            )
-        grid = rows // patch_size, columns // patch_size
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        grid = patch_grid(self.input_size, patch_size)
         if (grid[0] * grid[1]) % hourglass or 2 * width % hourglass:
             raise MezzotintError(
                 f"an hourglass of {hourglass} does not divide {grid[0] * grid[1]} positions and 2·width = {2 * width}; "
@@ -102,7 +99,6 @@ class DiffuSSM(nn.Module):
             raise MezzotintError(
                 f"conditioning {conditioning} needs captions; set text_features, or take conditioning adaln-zero"
             )
-        self.input_size = (rows, columns)
         self.patch_size = patch_size
         self.feature_channels = width
         self.feature_stride = (patch_size, patch_size * hourglass)

@@ -19,6 +19,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    patch_grid,
     position_table,
     unpatchify,
 )
@@ -65,14 +66,9 @@ class DiT(nn.Module):
         super().__init__()
         if conditioning not in BLOCKS:
             raise MezzotintError(f"conditioning {conditioning!r} is unknown; {closest(conditioning, BLOCKS)}")
-        rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if rows % patch_size or columns % patch_size:
-            raise MezzotintError(
-                f"input size {rows}×{columns} cannot be cut into patches of {patch_size}; use multiples of {patch_size}"
-            )
-        self.input_size = (rows, columns)
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.patch_size = patch_size
-        self.grid = rows // patch_size, columns // patch_size
+        self.grid = patch_grid(self.input_size, patch_size)
         self.feature_channels = width
         self.feature_stride = (patch_size, patch_size)
         self.in_channels = in_channels

@@ -74,6 +74,23 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(y)
 
 
+def checked_heads(width: int, heads: int) -> int:
+    """`heads`. Raises MezzotintError where they do not divide `width`."""
+    if width % heads:
+        raise MezzotintError(f"width {width} cannot be split into {heads} heads; use a multiple of {heads}")
+    return heads
+
+
+def patch_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches. Raises MezzotintError for an `input_size` that is no multiple of theirs."""
+    rows, columns = input_size
+    if rows % patch_size or columns % patch_size:
+        raise MezzotintError(
+            f"input size {rows}×{columns} cannot be cut into patches of {patch_size}; use multiples of {patch_size}"
+        )
+    return rows // patch_size, columns // patch_size
+
+
 def check_input(x: Tensor, channels: int, size: tuple[int, int]) -> None:
     """Raises MezzotintError unless x is (B, channels, *size)."""
     if x.shape[1:] != (channels, *size):
@@ -118,9 +135,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise MezzotintError(f"width {width} cannot be split into {heads} heads; use a multiple of {heads}")
-        self.heads = heads
+        self.heads = checked_heads(width, heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -130,11 +145,14 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x (B, T, width) to c (B, n, width); `mask` bool (B, n): which of c are attended to."""
+    """Multi-head attention of x (B, T, width) to c (B, n, width); `mask` bool (B, n): which of c are attended to.
+
+    Raises MezzotintError when `width` is not a multiple of `heads`.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = checked_heads(width, heads)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import Attention, LabelEmbedding, TimestepEmbedding, sinusoids
+from mezzotint.backbones.layers import Attention, LabelEmbedding, TimestepEmbedding, checked_heads, sinusoids
 from mezzotint.backbones.text import condition_embedding, embedded, pooled
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -360,7 +360,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, text_width: int, groups: int, feed_forward: bool) -> None:
         super().__init__()
-        self.heads = _divided(width, heads)
+        self.heads = checked_heads(width, heads)
         self.norm = group_norm(width, groups)
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_cond = nn.LayerNorm(text_width) if text_width else None
@@ -441,12 +441,6 @@ def _positions(x: Tensor) -> Tensor:
 def _image(tokens: Tensor, like: Tensor) -> Tensor:
     """(N, H·W, C) → the shape of `like`, (N, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
-
-
-def _divided(width: int, heads: int) -> int:
-    if width % heads:
-        raise MezzotintError(f"width {width} cannot be split into {heads} heads; use a multiple of {heads}")
-    return heads
 
 
 def _check(

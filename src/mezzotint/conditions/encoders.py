@@ -13,10 +13,10 @@ import logging
 import sqlite3
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
+from mezzotint.files import cache_folder, tensors_digest
+from mezzotint.pretrained import from_hub, transformers_for
 
 logger = logging.getLogger("mezzotint")
-R = TypeVar("R")
 Tokens = tuple[int, ...]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,10 +60,6 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         cache: Path | None = None,
     ) -> None:
-        # Upper rooms, which import this one.
-        from mezzotint.evaluation.sources import cache_folder
-        from mezzotint.pipeline import tensors_digest
-
         if precision not in PRECISIONS:
             raise MezzotintError(f"precision {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
         self._tokenizer, network = _pretrained(path)
@@ -200,12 +197,7 @@ class Store:
 
 def _pretrained(path: str) -> tuple[Any, Any]:
     """The tokenizer and the network of a folder or hub name."""
-    try:
-        import transformers
-    except ImportError:
-        raise MezzotintError(
-            "a frozen text encoder needs the package transformers; install it with: pip install 'mezzotint[eval]'"
-        ) from None
+    transformers = transformers_for("a frozen text encoder")
     source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
     def read(local: bool) -> tuple[Any, Any, Any]:
@@ -219,7 +211,9 @@ def _pretrained(path: str) -> tuple[Any, Any]:
         network, info = kind.from_pretrained(source, output_loading_info=True, local_files_only=local)
         return transformers.AutoTokenizer.from_pretrained(source, local_files_only=local), network, info
 
-    tokenizer, network, info = _from_hub(source, read)
+    tokenizer, network, info = from_hub(
+        "text encoder", source, read, "google/flan-t5-base", " or take another model, and name that folder"
+    )
     # What sits on top of the last hidden states is not used.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise MezzotintError(
@@ -227,41 +221,3 @@ def _pretrained(path: str) -> tuple[Any, Any]:
             "again"
         )
     return tokenizer, network.get_encoder() if network.config.is_encoder_decoder else network
-
-
-def _from_hub(source: str, read: Callable[[bool], R]) -> R:
-    """read(local): from the folder or the hub's cache; only where that fails, from the network, which waits long."""
-    try:
-        with quiet():
-            try:
-                return read(True)
-            except Exception:
-                if Path(source).is_dir():
-                    raise
-                return read(False)
-    except Exception as error:  # OSError, ValueError, SafetensorError, the hub's own, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "folder" if Path(source).is_dir() else "folder or hub model"
-        raise MezzotintError(
-            f"no text encoder could be read from the {where} {source!r} ({reason}); where there is a network, run "
-            "'hf download google/flan-t5-base --local-dir FOLDER' or take another model, and name that folder"
-        ) from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers and the hub log what they then raise, and draw progress bars over files."""
-    from transformers.utils import logging as log
-
-    hub = logging.getLogger("huggingface_hub")
-    level, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    hub.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        hub.setLevel(hub_level)
-        if bars:
-            log.enable_progress_bar()

@@ -18,12 +18,12 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.sources import (
     DatasetSource,
     ImageSource,
-    cache_folder,
     image_source,
     of_first,
     to_channels,
 )
-from mezzotint.pipeline import load_tensors, read_tensors, save_weights, tensors_digest
+from mezzotint.files import cache_folder, tensors_digest
+from mezzotint.pipeline import load_tensors, read_tensors, save_weights
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import DataSettings
 

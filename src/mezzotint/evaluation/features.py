@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
-import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,8 @@ from mezzotint.evaluation.sources import (
     to_channels,
 )
 from mezzotint.evaluation.statistics import FeatureStatistics
-from mezzotint.pipeline import tensors_digest
+from mezzotint.files import tensors_digest
+from mezzotint.pretrained import from_hub, transformers_for
 from mezzotint.progress import track
 from mezzotint.recipe import DataSettings
 
@@ -348,12 +348,7 @@ def _transformer(kind: str, weights: str | Path | None, device: torch.device | s
     CLIP's images are resized and cut as its processor says. DINOv2's processor would cut off an eighth, but the Fréchet
     distance in DINOv2 (Stein et al. 2023, arXiv 2306.04675) is that of whole images, squeezed to a square.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise MezzotintError(
-            f"the feature network {kind} needs the package transformers; install it with: pip install 'mezzotint[eval]'"
-        ) from None
+    transformers = transformers_for(f"the feature network {kind}")
     source = str(weights or HUB_NAMES[kind])
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser())
@@ -442,42 +437,8 @@ def _preprocessing(kind: str, source: str, processor: Any) -> Preprocessing:
 
 
 def _from_hub(kind: str, source: str, read: Callable[[bool], T]) -> T:
-    """read(local): from the folder or the hub's cache; only where that fails, from the network, which waits long."""
-    try:
-        with _quiet():
-            try:
-                return read(True)
-            except Exception:
-                if Path(source).is_dir():
-                    raise
-                return read(False)
-    except Exception as error:  # OSError, ValueError, SafetensorError, the hub's own, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "folder" if Path(source).is_dir() else "folder or hub model"
-        name = HUB_NAMES["dinov2" if kind == "dinov2" else "clip"]
-        raise MezzotintError(
-            f"no {kind} could be read from the {where} {source!r} ({reason}); where there is a network, run "
-            f"'hf download {name} --local-dir FOLDER', and name that folder by weights"
-        ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers and the hub log what they then raise, and draw progress bars over files."""
-    from transformers.utils import logging as log
-
-    hub = logging.getLogger("huggingface_hub")
-    level, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    hub.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        hub.setLevel(hub_level)
-        if bars:
-            log.enable_progress_bar()
+    name = HUB_NAMES["dinov2" if kind == "dinov2" else "clip"]
+    return from_hub(kind, source, read, name, ", and name that folder by weights")
 
 
 # ---- Many images -----------------------------------------------------------------------------------------------------

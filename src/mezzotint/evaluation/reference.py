@@ -26,9 +26,9 @@ from torch import Tensor
 from mezzotint import data
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract, is_inception
-from mezzotint.evaluation.sources import ImageSource, cache_folder, image_source, of_first
+from mezzotint.evaluation.sources import ImageSource, image_source, of_first
 from mezzotint.evaluation.statistics import FeatureStatistics
-from mezzotint.files import atomic_path
+from mezzotint.files import atomic_path, cache_folder
 from mezzotint.recipe import DataSettings
 
 #: raise whenever the content of a reference changes for the same images and network

@@ -39,8 +39,9 @@ from mezzotint.data.transforms import (
     to_uint8,
 )
 from mezzotint.errors import MezzotintError, closest
+from mezzotint.files import tensors_digest
 from mezzotint.guidance import Guidance
-from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches, tensors_digest
+from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.recipe import DataSettings
 from mezzotint.samplers import Sampler
 
@@ -597,13 +598,6 @@ class PipelineSource(ImageSource):
 
 
 # ---- Digests, caches and processes -----------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where classifiers and references are kept: $MEZZOTINT_CACHE, else mezzotint in the user's cache folder."""
-    if chosen := os.environ.get("MEZZOTINT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"
 
 
 def place() -> tuple[int, int]:

@@ -31,9 +31,9 @@ from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, figures
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
-from mezzotint.files import atomic_path, write_text
+from mezzotint.files import atomic_path, tensors_digest, write_text
 from mezzotint.guidance import Guidance
-from mezzotint.pipeline import Pipeline, choose_labels, conditional_model, tensors_digest
+from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
 from mezzotint.samplers import Sampler

@@ -300,14 +300,14 @@ def _add_lora(backbone: nn.Module, settings: LoRASettings, seed: int, trained: S
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Linear) and "y_embedder" not in name.split(".")
     ]
-    chosen, default = settings.targets, settings.targets is None
+    chosen = settings.targets
     if chosen is None:
         innermost = [module for module in backbone.modules() if type(module) in LORA_TARGETS][-1]
         chosen = LORA_TARGETS[type(innermost)]
     targets: list[str] = []
     for target in chosen:
         matched = [name for name in linear if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")]
-        if not matched and not (default and target != chosen[0]):
+        if not matched and (settings.targets is not None or target == chosen[0]):
             raise MezzotintError(
                 f"training.lora.targets {target!r} matches no linear layer; {_closest(target, linear)}"
             )
