@@ -18,7 +18,17 @@ from mezzotint.backbones import DiffuSSM, DiT
 from mezzotint.backbones.diffussm import Block, CrossAttentionBlock, ScanOrder
 from mezzotint.backbones.layers import Attention, CrossAttention, TransformerBlock, sinusoids
 from mezzotint.backbones.s4d import S4D
-from mezzotint.backbones.text import ByteEncoder, TextEmbedding, head_count, pooled
+from mezzotint.backbones.text import (
+    HASH_BASE,
+    HASH_PRIME,
+    NGRAM_ROWS,
+    NGRAMS,
+    ByteEncoder,
+    TextEmbedding,
+    head_count,
+    ngram_rows,
+    pooled,
+)
 from mezzotint.conditions.text import Text, byte_tokens, join
 from mezzotint.errors import MezzotintError
 
@@ -313,6 +323,25 @@ def test_without_captions_nothing_is_added() -> None:
         names = network(kind, "adaln-zero", None, num_classes=3).state_dict()
         assert not any("cross" in name or "encoder" in name for name in names)
     assert not any(isinstance(m, TextEmbedding) for m in network(DiT, "cross-attention", None).modules())
+
+
+@pytest.mark.parametrize("length", NGRAMS)
+def test_ngrams_have_rows_of_their_own(length: int) -> None:
+    """The same letters have the same row wherever they stand; words of a vocabulary nearly all have different ones."""
+    first, second = (byte_tokens([caption], 24).tokens for caption in ("bicycle", "a red bicycle"))
+    rows = [ngram_rows(tokens, length)[0] for tokens in (first, second)]
+    assert all(tokens.shape == (24,) for tokens in rows)
+    assert torch.equal(rows[0][length:8], rows[1][6 + length : 14]), "places that see the word alone"
+    numbers = [0] * (length - 1) + first[0].tolist()
+    for end in range(24):
+        value = 0
+        for token in reversed(numbers[end : end + length]):
+            value = value * HASH_BASE + token
+        assert rows[0][end] == value % HASH_PRIME % NGRAM_ROWS
+    words = byte_tokens([f"{a}{b}cdef" for a in "abcdefghij" for b in "abcdefghij"], 7).tokens
+    ends = ngram_rows(words[:, : length + 1], length)[:, -1]
+    assert len(ends.unique()) > 95
+    assert max(257 * HASH_BASE**power for power in range(length)) * length < 2**63
 
 
 # --------------------------------------------------------------------------------------------------------- encoders

@@ -247,6 +247,14 @@ def test_resume_of_a_finished_run_changes_nothing(tiny: Recipe, whole: Path) -> 
     assert list(metrics(whole)) == [2, 4, 6]
 
 
+def test_resume_says_that_there_is_nothing_to_resume(
+    tiny: Recipe, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mezzotint.train(tiny, tmp_path / "new", resume=True, quiet=True)
+    assert f"{tmp_path / 'new'} has no whole checkpoint: training begins at its first step" in caplog.text
+    assert_same_weights(whole, tmp_path / "new")
+
+
 def test_a_damaged_checkpoint_is_passed_over(tiny: Recipe, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest = Checkpoints(whole / "state", ALONE, 2).path(6)
     data = next(newest.glob("*.distcp"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones.layers import NORM_EPS, LabelEmbedding, TransformerBlock, sinusoids
@@ -10,6 +11,11 @@ from mezzotint.conditions.text import BYTE_TOKENS, Text
 from mezzotint.errors import MezzotintError
 
 HEAD_WIDTH = 32
+#: lengths of the runs of bytes that have embeddings, and rows in the table of each
+NGRAMS = (3, 4, 5, 6)
+NGRAM_ROWS = 4096
+#: of a polynomial hash; the base is above all tokens, and no sum of NGRAMS[-1] of its powers leaves int64
+HASH_BASE, HASH_PRIME = 263, 2_147_483_647
 
 
 def condition_embedding(
@@ -84,21 +90,36 @@ class TextEmbedding(nn.Module):
 
 
 class ByteEncoder(nn.Module):
-    """A transformer over the bytes of a caption, int64 (B, T) and mask bool (B, T) → (B, T, width), width even."""
+    """A transformer over the bytes of a caption, int64 (B, T) and mask bool (B, T) → (B, T, width), width even.
+
+    A byte's embedding is the sum of its own and of those of the 3 to 6 bytes that end with it, which are rows of hashed
+    tables (Byte Latent Transformer, arXiv 2412.09871, section 3.2.1): words are told apart before attention has learned
+    to spell.
+    """
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.width = width
         self.embedding = nn.Embedding(BYTE_TOKENS, width)
+        self.ngrams = nn.ModuleList(nn.Embedding(NGRAM_ROWS, width) for _ in NGRAMS)
         self.blocks = nn.ModuleList(TransformerBlock(width, head_count(width)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         position = torch.arange(tokens.shape[1], dtype=torch.float32, device=tokens.device)
         x = self.embedding(tokens) + sinusoids(position, self.width).to(self.embedding.weight.dtype)
+        for length, table in zip(NGRAMS, self.ngrams, strict=True):
+            x = x + table(ngram_rows(tokens, length))
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
+
+
+def ngram_rows(tokens: Tensor, length: int) -> Tensor:
+    """The row of a hashed table for the `length` tokens that end at each place of int64 (B, T); 0 stands before."""
+    ends = F.pad(tokens, (length - 1, 0)).unfold(1, length, 1)
+    powers = HASH_BASE ** torch.arange(length, device=tokens.device)
+    return (ends * powers).sum(-1) % HASH_PRIME % NGRAM_ROWS
 
 
 def head_count(width: int) -> int:

@@ -96,6 +96,8 @@ def train(
         check_run(run, recipe, resume, here)
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
         step = (checkpoints.latest() or 0) if resume else 0
+        if resume and not step and here.is_main:
+            logger.warning("%s has no whole checkpoint: training begins at its first step", run)
         pipeline = build(recipe, class_names=train_set.class_names, device=here.device)
         if recipe.init is not None and not step:  # a checkpoint of this run has its own weights; init may be gone
             for note in start_from(recipe.init, pipeline):
