@@ -2,8 +2,8 @@
 
 A study is a data set, a budget in training multiply-adds, and cells, each a recipe with overrides. A cell gets as many
 steps as the budget pays for, and its runs and scores are kept below --out, so that the same command goes on where it
-was stopped. Scores are `mezzotint evaluate`'s, of 1,000 samples against held-out images in the features of the data
-set's own classifier.
+was stopped. Scores are `mezzotint evaluate`'s: of 1,000 samples against held-out images in the features of the data
+set's own classifier, or, of captions, for how many of 200 the sample is nearest to its own image in --features.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 from measure import table, write_section
 
 from mezzotint import load
+from mezzotint.evaluation.captions import score_captions
 from mezzotint.evaluation.cost import recipe_cost
+from mezzotint.evaluation.features import feature_network
 from mezzotint.evaluation.scores import evaluate
 from mezzotint.files import write_text
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.recipe import Recipe, load_recipe, override_recipe
 from mezzotint.training.loop import train
 
 
@@ -36,9 +38,27 @@ class Study(NamedTuple):
     """Of that budget."""
     cells: dict[str, tuple[str, ...]]
     """Label: recipe, and overrides."""
+    points: tuple[float, ...] = (1.0,)
+    """Shares of a cell's training after which it is scored; before the last one, its learning rate must be constant."""
+    captions: bool = False
+    """Whether captions are scored."""
+
+
+class Cell(NamedTuple):
+    """A trained network."""
+
+    recipe: Recipe
+    scores: list[dict[str, Any]]
+    """At the points of the study."""
 
 
 PATCHED = ("backbone.patch_size=2", "backbone.hourglass=1")
+QUIET = ("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500")
+CONSTANT = "training.lr_schedule=constant"
+PLAIN = (
+    *("backbone.outer=[]", "backbone.channels=[24,32,64,96]"),
+    *("backbone.resblocks=[1,1,1,1]", "backbone.attention=[0,0,1,1]"),
+)
 STUDIES = {
     "diffussm-digits": Study(
         "diffussm.md",
@@ -66,6 +86,18 @@ STUDIES = {
             "patches of 2": ("diffussm-fashion-mnist", *PATCHED, "backbone.width=104"),
         },
     ),
+    "mdm-emoji": Study(
+        "mdm.md",
+        "mdm-emoji-32",
+        0.25,
+        {
+            "nested, 16 pixels first": ("mdm-emoji-32", CONSTANT, "training.stages=[{levels: 1, steps: 350}]"),
+            "nested": ("mdm-emoji-32", CONSTANT, "training.stages=[]"),
+            "plain": ("mdm-emoji-32", CONSTANT, "training.stages=[]", *PLAIN),
+        },
+        points=(0.5, 0.75, 1.0),
+        captions=True,
+    ),
 }
 
 
@@ -74,8 +106,9 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cells", nargs="+", help="Only these, by label.")
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--count", type=int, help="Samples; default: 1,000, or 200 captions.")
     parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--features", help="For captions: a feature network, as of `mezzotint evaluate`.")
     parser.add_argument("--sampler", help="Instead of the recipe's.")
     parser.add_argument("--steps", type=int, help="Of the sampler, instead of the recipe's.")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-cost"))
@@ -83,48 +116,68 @@ def main() -> None:
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     base = load_recipe(study.budget)
-    gmacs = study.share * training_gmacs(base) * base.training.steps
-    sampling = {key: getattr(arguments, key) for key in ("sampler", "steps") if getattr(arguments, key) is not None}
-    done: dict[str, list[dict[str, Any]]] = {}
+    gmacs = study.share * sum(
+        stage.settings.steps * training_gmacs(base, stage.levels) for stage in base.training.plan()
+    )
+    done: dict[str, list[Cell]] = {}
     for label, (name, *overrides) in study.cells.items():
         for seed in arguments.seeds:
-            recipe = load_recipe(name, [*overrides, f"seed={seed}"])
-            steps = math.floor(gmacs / training_gmacs(recipe))
-            shorter = steps / recipe.training.steps
-            recipe = load_recipe(
-                name,
-                [
-                    *(*overrides, f"seed={seed}", f"training.steps={steps}"),
-                    f"training.warmup_steps={round(min(1.0, shorter) * recipe.training.warmup_steps)}",
-                    *("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500"),
-                ],
-            )
             folder = arguments.out / arguments.study / f"{label.replace(' ', '-').replace(',', '')}-{seed}"
-            scores = folder / "scores.json"
+            recipe = load_recipe(name, [*overrides, f"seed={seed}", *QUIET])
+            last = steps_for(recipe, gmacs)
+            warmup = round(min(1.0, last / recipe.training.steps) * recipe.training.warmup_steps)
+            recipe = override_recipe(recipe, [f"training.steps={last}", f"training.warmup_steps={warmup}"])
             chosen = arguments.cells is None or label in arguments.cells
-            if not scores.is_file() and chosen and not (arguments.write and not folder.exists()):
-                train(recipe, folder, resume=(folder / "recipe.yaml").is_file())
-                figures = evaluate(
-                    load(folder), count=arguments.count, guidance=arguments.guidance, seed=seed, **sampling
-                )
-                write_text(scores, json.dumps(figures, indent=2) + "\n")
-            if scores.is_file():
-                kept = {"recipe": load_recipe(folder), "scores": json.loads(scores.read_text())}
-                done.setdefault(label, []).append(kept)
-    text = report(done, gmacs)
+            scores = []
+            for point in study.points:
+                file = folder / ("scores.json" if point == 1 else f"scores-{point}.json")
+                if not file.is_file() and chosen and not (arguments.write and not folder.exists()):
+                    steps = steps_for(recipe, point * gmacs)
+                    part = override_recipe(recipe, [f"training.steps={steps}"])
+                    train(part, folder, resume=(folder / "recipe.yaml").is_file())
+                    write_text(file, json.dumps(score(study, folder, seed, arguments), indent=2) + "\n")
+                if file.is_file():
+                    scores.append(json.loads(file.read_text()))
+            if len(scores) == len(study.points):
+                done.setdefault(label, []).append(Cell(recipe, scores))
+    seeds = max(map(len, done.values()), default=0)
+    head = f"{gmacs:,.0f}·10⁹ multiply-adds of training each, {seeds} seed(s)"
+    text = f"{head}.\n\n{(captions_report if study.captions else report)(study, done)}"
     print(text)
     if arguments.write:
         page = Path(__file__).parents[1] / "docs" / study.page
         write_section(page, arguments.study, "equal_cost.py", text)
 
 
-def training_gmacs(recipe: Recipe) -> float:
-    """10⁹ multiply-adds of one training step: forward, and twice that backward."""
-    return 3 * recipe_cost(recipe).gmacs * recipe.training.batch_size
+def score(study: Study, folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is kept of a run, as far as it is trained."""
+    pipeline = load(folder)
+    options = {key: getattr(arguments, key) for key in ("sampler", "steps") if getattr(arguments, key) is not None}
+    options |= {"guidance": arguments.guidance, "seed": seed}
+    if not study.captions:
+        return evaluate(pipeline, count=arguments.count or 1000, **options)
+    network, data = feature_network(arguments.features), pipeline.recipe.data
+    return {
+        split: score_captions(pipeline, data.load(split), network, count=arguments.count or 200, **options)
+        for split in ("train", "test")
+    }
 
 
-def report(done: dict[str, list[dict[str, Any]]], gmacs: float) -> str:
-    """The table; means over seeds, ± their standard deviation."""
+def training_gmacs(recipe: Recipe, levels: int | None = None) -> float:
+    """10⁹ multiply-adds of one training step of some levels: forward, and twice that backward."""
+    return 3 * recipe_cost(recipe, levels).gmacs * recipe.training.batch_size
+
+
+def steps_for(recipe: Recipe, gmacs: float) -> int:
+    """How many steps a recipe takes for so many, its stages first."""
+    *stages, last = recipe.training.plan()
+    for stage in stages:
+        gmacs -= stage.settings.steps * training_gmacs(recipe, stage.levels)
+    return last.first + math.floor(gmacs / training_gmacs(recipe))
+
+
+def report(study: Study, done: dict[str, list[Cell]]) -> str:
+    """The table of scores; means over seeds, ± their standard deviation."""
     columns = [
         ("class agreement", "samples", "class agreement", 100, "{:.1f} %"),
         ("guided", "guided", "class agreement", 100, "{:.1f} %"),
@@ -135,18 +188,35 @@ def report(done: dict[str, list[dict[str, Any]]], gmacs: float) -> str:
     ]
     rows = []
     for label, cells in done.items():
-        recipe, cost = cells[0]["recipe"], recipe_cost(cells[0]["recipe"])
-        images = recipe.training.steps * recipe.training.batch_size
-        row = [label, f"{cost.params / 1e6:.2f}M", f"{1e3 * cost.gmacs:.1f}", f"{images / 1e3:,.0f}k"]
+        recipe = cells[0].recipe
+        row = [label, *costs(recipe), f"{recipe.training.steps * recipe.training.batch_size / 1e3:,.0f}k"]
         for _, branch, key, factor, form in columns:
-            values = [factor * cell["scores"]["sets"][branch][key] for cell in cells]
-            row.append(form.format(mean(values)) + (f" ± {stdev(values):.2g}" if len(values) > 1 else ""))
+            row.append(spread([factor * cell.scores[-1]["sets"][branch][key] for cell in cells], form))
         rows.append(row)
-    title = ["", "parameters", "MMACs an image", "images"]
-    title += [column[0] for column in columns]
-    seeds = max(map(len, done.values()), default=0)
-    head = f"{gmacs:,.0f}·10⁹ multiply-adds of training each, {seeds} seed(s)"
-    return f"{head}.\n\n{table(title, rows)}"
+    return table(["", "parameters", "MMACs an image", "images", *[column[0] for column in columns]], rows)
+
+
+def captions_report(study: Study, done: dict[str, list[Cell]]) -> str:
+    """The table of captions: agreement at each point, and at the end that of captions held out."""
+    key, last = "caption agreement", len(study.points) - 1
+    columns = [(f"at {point:.0%}", "train", at) for at, point in enumerate(study.points)]
+    columns.append(("held out", "test", last))
+    rows = []
+    for label, cells in done.items():
+        row = [label, *costs(cells[0].recipe), f"{cells[0].recipe.training.steps:,}"]
+        for _, split, at in columns:
+            row.append(spread([100 * cell.scores[at][split][key] for cell in cells], "{:.1f} %"))
+        rows.append(row)
+    return table(["", "parameters", "MMACs an image", "steps", *[column[0] for column in columns]], rows)
+
+
+def costs(recipe: Recipe) -> list[str]:
+    cost = recipe_cost(recipe)
+    return [f"{cost.params / 1e6:.2f}M", f"{1e3 * cost.gmacs:.1f}"]
+
+
+def spread(values: list[float], form: str) -> str:
+    return form.format(mean(values)) + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -152,3 +152,10 @@ def test_freezing_lowers_the_trained_parameters_alone() -> None:
 
 def test_matmul_rate_is_positive() -> None:
     assert matmul_rate() > 0.1
+
+
+def test_the_cost_of_the_first_levels_is_that_of_the_inner_network() -> None:
+    nested = load_recipe("mdm-emoji-32")
+    inner = load_recipe("mdm-emoji-32", ["backbone.outer=[]", "data.size=16", "training.stages=[]"])
+    assert recipe_cost(nested, levels=1).gmacs == pytest.approx(recipe_cost(inner).gmacs, rel=1e-9)
+    assert recipe_cost(nested, levels=2).gmacs == recipe_cost(nested).gmacs > recipe_cost(inner).gmacs

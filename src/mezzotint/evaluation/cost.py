@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,13 +153,19 @@ def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
     )
 
 
-def recipe_cost(recipe: Recipe) -> Cost:
-    """The cost of a recipe's network; where the recipe leaves the number of classes to the data, these are read."""
+def recipe_cost(recipe: Recipe, levels: int | None = None) -> Cost:
+    """The cost of a recipe's network; where the recipe leaves the number of classes to the data, these are read.
+
+    levels: how many of a Matryoshka network's are run, the smallest first (None: all).
+    """
     recipe = _with_classes(recipe)
     with torch.device("meta"):
         backbone = build_backbone(recipe)
         choose_trainable(backbone, recipe.training, recipe.seed)
-        return cost(backbone, example_inputs(backbone, recipe))
+        x, t, y = example_inputs(backbone, recipe)
+        if levels is not None:
+            x = x[:, : sum(map(prod, cast(Any, backbone).level_shapes[:levels]))]
+        return cost(backbone, (x, t, y))
 
 
 def example_inputs(backbone: nn.Module, recipe: Recipe, batch_size: int = 1) -> tuple[Tensor, Tensor, Condition | None]:
