@@ -105,6 +105,34 @@ def train(
         console.print(f"trained {folder}; next: mezzotint sample {folder}", soft_wrap=True)
 
 
+@app.command("fit-tokenizer")
+def fit_tokenizer(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder to write, for representation.path=OUT.")] = Path("tokenizer"),
+    device: Device = "auto",
+) -> None:
+    """Fit a recipe's tokenizer (representation=patch-pca, patch-ae, patch-vae or conv-vae) to its training images.
+
+    The folder appears when all is done. 'mezzotint train' does the same by itself where representation.path is not set.
+    """
+    from mezzotint.recipe import load_recipe
+    from mezzotint.training.tokenizers import fit_tokenizer as run_fitting
+
+    try:
+        metrics = run_fitting(load_recipe(recipe, overrides or []), out, device=device)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {out} was not written")
+        raise typer.Exit(130) from None
+    which = "held-out" if metrics["split"] == "test" else "training (there is no test split)"
+    results.print(
+        f"{metrics['images']:,} {which} images: reconstruction MSE {metrics['mse']:.3g}, "
+        f"PSNR {metrics['psnr']:.2f} dB, explained variance {metrics['explained_variance']:.2%}",
+        soft_wrap=True,
+    )
+    results.print(str(out), soft_wrap=True)
+
+
 @app.command()
 def sample(
     model: ModelArgument,

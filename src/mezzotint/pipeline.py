@@ -65,7 +65,7 @@ class Pipeline:
 
     @cached_property
     def representation(self) -> Representation:
-        made = representation(**self.recipe.representation.model_dump(), device=self.device)
+        made = representation(**self.recipe.representation.model_dump(exclude={"fit"}), device=self.device)
         shapes = self.denoiser.level_shapes
         return made if len(shapes) == 1 else Pyramid(made, shapes)
 

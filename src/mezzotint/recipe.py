@@ -19,6 +19,8 @@ from mezzotint.backbones.s4d import Discretisation, Initialisation
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
+from mezzotint.representations import TOKENIZERS, FitSettings
+from mezzotint.representations.tokenizer import INFO, OWN_FOLDER, check_settings
 from mezzotint.samplers import Sampler
 from mezzotint.settings import Settings
 from mezzotint.targets import Target
@@ -90,23 +92,26 @@ class DataSettings(Settings):
 class RepresentationSettings(Settings):
     """The space that x lives in."""
 
-    name: Literal["pixels", "kl"] = "pixels"
-    """pixels, or kl: the latents of a frozen KL autoencoder (needs the extra 'latent')."""
+    name: Literal["pixels", "kl", "patch-pca", "patch-ae", "patch-vae", "conv-vae"] = "pixels"
+    """pixels; kl: the latents of a frozen KL autoencoder (needs the extra 'latent'); patch-pca, patch-ae, patch-vae,
+    conv-vae: tokenizers that are fitted to the training images (conv-vae needs the extra 'latent')."""
     path: str | None = None
-    """kl: folder (or a pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g.
-    stabilityai/sd-vae-ft-ema."""
+    """Tokenizers: a folder that 'mezzotint fit-tokenizer' wrote; None: training fits one first. kl: folder (or a
+    pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g. stabilityai/sd-vae-ft-ema."""
     scale: float | None = None
     """kl: factor on the latents. None: the autoencoder's own (0.18215 for Stable Diffusion's)."""
     stride: int = Field(8, ge=1)
-    """kl: pixels per latent position along a side."""
+    """All but pixels: pixels per latent position along a side; of a patch tokenizer, the side p of a patch."""
     channels: int = Field(4, ge=1)
-    """kl: channels of a latent."""
+    """All but pixels: channels d of a latent."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """kl: of the autoencoder's weights and activations; latents and images stay fp32."""
     slicing: bool = False
     """kl: take one image at a time through the autoencoder, which saves memory."""
     tiling: bool = False
     """kl: take large images through the autoencoder in overlapping tiles: less memory, and slightly other images."""
+    fit: FitSettings = FitSettings()
+    """Tokenizers: how they are fitted."""
 
 
 class OuterLevel(Settings):
@@ -481,6 +486,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        self._check_tokenizer()
         self._check_network()
         self._check_stages()
         if self.training.batch_size % self.training.accumulate:
@@ -493,6 +499,16 @@ class Recipe(Settings):
                 "training.lora adapts weights that are there already: set init to a checkpoint, or training.lora.rank=0"
             )
         return self
+
+    def _check_tokenizer(self) -> None:
+        settings = self.representation
+        if settings.name not in TOKENIZERS:
+            return
+        if self.data.frames:
+            raise ValueError(f"the representation {settings.name} is of images, not of clips; set data.frames=0")
+        check_settings(
+            settings.name, settings.stride, settings.channels, self.data.channels, self.data.size, settings.fit
+        )
 
     def _check_network(self) -> None:
         backbone, size = self.backbone, self.latent_shape[1]
@@ -621,21 +637,23 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
         )
     representation = recipe.representation
     if isinstance(dataset, data.CachedLatents):
-        if representation.name != "kl":
+        if representation.name == "pixels":
             raise MezzotintError(
-                f"the data are latents, but the recipe's representation is {representation.name}; set representation=kl"
+                "the data are latents, but the recipe's representation is pixels; set representation=kl, or the "
+                "tokenizer that encoded them"
             )
         if recipe.latent_shape != dataset.latent_shape:
             raise MezzotintError(
                 f"the latents are {dataset.latent_shape}, expected {recipe.latent_shape} (channels, height, width); "
                 "set representation.channels and representation.stride to those of the autoencoder that encoded them"
             )
-        if representation.scale not in (None, dataset.info.scale):
+        if representation.name == "kl" and representation.scale not in (None, dataset.info.scale):
             raise MezzotintError(
                 f"the latents were encoded for a scale of {dataset.info.scale}, but representation.scale is "
                 f"{representation.scale}; set it to null or encode again"
             )
-        representation = representation.model_copy(update={"scale": dataset.info.scale})
+        if representation.name == "kl":
+            representation = representation.model_copy(update={"scale": dataset.info.scale})
     backbone = recipe.backbone.model_copy(
         update={"num_classes": has if wanted is None else wanted, "text_features": text_features}
     )
@@ -666,6 +684,8 @@ def _read(source: str | Path) -> dict[str, Any]:
         raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values")
     base = values.pop("extends", None)
     values.setdefault("name", path.stem if path.is_file() else str(source))
+    if ((own := path.parent / OWN_FOLDER) / INFO).is_file() and path.name == "recipe.yaml":
+        values["representation"] |= {"path": str(own)}  # wherever the run's folder is now
     return _merge({} if base is None else _read(base), values)
 
 

@@ -39,11 +39,13 @@ from mezzotint.pipeline import Pipeline, build, captioner, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
-from mezzotint.representations import Encoder, PyramidEncoder
+from mezzotint.representations import TOKENIZERS, Encoder, PyramidEncoder
+from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
 from mezzotint.training.parallel import World, world
+from mezzotint.training.tokenizers import check_latents, own_tokenizer
 from mezzotint.weightings import time_distribution, training_range, weighting
 
 logger = logging.getLogger("mezzotint")
@@ -65,10 +67,10 @@ def train(
     """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
 
     The folder gets recipe.yaml (resolved), model.safetensors (the first EMA; further decays as model-ema-<decay>),
-    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, and adapter/ with LoRA. With `resume`,
-    training goes on from the newest whole checkpoint and ends with the very weights of an uninterrupted run. Started by
-    torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM saves a checkpoint and raises
-    `KeyboardInterrupt`.
+    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, adapter/ with LoRA, and tokenizer/, which is
+    copied or fitted first. With `resume`, training goes on from the newest whole checkpoint and ends with the very
+    weights of an uninterrupted run. Started by torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM
+    saves a checkpoint and raises `KeyboardInterrupt`.
 
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
     """
@@ -106,20 +108,23 @@ def train(
             pipeline.prompts = example_captions(train_set)
         denoiser = pipeline.denoiser.train()
         trained = choose_trainable(denoiser.backbone, settings, recipe.seed)
-        # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
-        encoder = encoder_of(train_set, pipeline)
         mirror = train_set.mirror if isinstance(train_set, CachedLatents) else flip
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
         averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names, pipeline.prompts)
         if reader is not None:
             averaged.captioner = reader
-        if not isinstance(train_set, CachedLatents) or settings.sample_every:
-            averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
         null = pipeline.no_caption if text else None
         objectives = [make_objective(recipe, denoiser, stage.levels, null) for stage in plan]
+        if recipe.representation.name in TOKENIZERS:
+            pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet)
+            check_latents(train_set, pipeline.recipe)
+        # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
+        encoder = encoder_of(train_set, pipeline)
+        if not isinstance(train_set, CachedLatents) or settings.sample_every:
+            averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
         optimizer = torch.optim.AdamW(
             parameter_groups(backbone, settings),
             lr=settings.lr,
@@ -280,7 +285,7 @@ def check_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
             problem = f"{run} already holds a run; continue it with --resume, or choose another --out"
         elif written.exists():
             problem = _differences(load_recipe(run), recipe, run)
-        elif run.is_dir() and any(run.iterdir()):
+        elif run.is_dir() and any(OWN_FOLDER not in path.name for path in run.iterdir()):  # killed just after fitting
             problem = f"{run} is not empty and not a run folder; choose another --out"
     if here.any(bool(problem)):
         raise MezzotintError(problem or f"{run} cannot be used; see the first process's message")
@@ -297,6 +302,8 @@ def _differences(old: Recipe, new: Recipe, run: Path) -> str:
                 "sampling": True,
                 "guidance": True,
                 "description": True,
+                # a run keeps a tokenizer of its own, wherever it was taken from
+                **({"representation": {"path"}} if recipe.representation.name in TOKENIZERS else {}),
             }
         )
 
