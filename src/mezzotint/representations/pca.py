@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 
-#: rows that are taken at once, and columns of the scatter matrix: float64 copies stay below 64 MiB for 1,024 numbers
-ROWS, COLUMNS = 8192, 192
+#: rows that are taken at once, and columns of the scatter matrix: small enough to stay in the processor's cache
+ROWS, COLUMNS = 2048, 192
 
 
 class Moments:

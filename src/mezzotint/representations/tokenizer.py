@@ -38,7 +38,8 @@ class FitSettings(Settings):
     """How a tokenizer is fitted to the training images."""
 
     examples: int = Field(10_000, ge=1)
-    """Images, drawn at random, that patches' and latents' means and variances are measured on; at most all."""
+    """Images, drawn at random, that patches' and latents' means and variances are measured on, and held-out ones that
+    reconstruction is; at most all."""
     whiten: bool = False
     """patch-pca: divide each component by its standard deviation."""
     steps: int = Field(5000, ge=1)

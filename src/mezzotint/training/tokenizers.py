@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ from mezzotint.training.tokenizer_losses import (
 )
 
 STREAM = 4  # of random numbers, beside the training loop's
-MEASURED_IMAGES = 10_000  # at most so many held-out ones are reconstructed
 SHOWN, FILTERS = 20, 256
 LOG_EVERY = 100
 
@@ -89,7 +88,7 @@ def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quie
     with torch.no_grad():
         pairs = torch.stack([some, tokenizer.decode(tokenizer.encode(some))], dim=1)
     metrics: dict[str, Any] = {"split": split} | measure(
-        tokenizer, sampled_batches(held_out, MEASURED_IMAGES, settings.fit.batch_size, recipe, flips=False)
+        tokenizer, sampled_batches(held_out, settings.fit.examples, settings.fit.batch_size, recipe, flips=False)
     )
     metrics |= {"latent_scale": tokenizer.latent_scale.item(), "losses": losses}
     with new_folder(out) as folder:
@@ -333,8 +332,10 @@ def train_tokenizer(
     settings, device = tokenizer.info.fit, tokenizer.device
     losses = TokenizerLosses(tokenizer.info, recipe.data.size, recipe.seed, device)
     critic = losses.discriminator
-    optimizer, schedule = _adam(tokenizer.train(), settings)
-    critic_optimizer, critic_schedule = (None, None) if critic is None else _adam(critic, settings)
+    step_tokenizer = _adam(tokenizer.train(), settings, settings.steps)
+    step_critic = None
+    if critic is not None:
+        step_critic = _adam(critic, settings, settings.steps - settings.adversarial_start)
     order = BatchOrder.over(dataset, settings.batch_size, recipe.seed)
     batches = iterate_batches(dataset, order, start_step=0, stop_step=settings.steps, workers=recipe.data.workers)
     log = _FitLog(settings.steps, quiet)
@@ -348,27 +349,27 @@ def train_tokenizer(
             if critic is not None:
                 critic.requires_grad_(False)  # passes gradients on, and keeps none
             parts, made = losses.tokenizer_loss(tokenizer, images, generator, adversarial=adversarial)
-            optimizer.zero_grad()
-            parts["loss"].backward()
-            optimizer.step()
-            schedule.step()
-            if critic is not None and critic_optimizer is not None and critic_schedule is not None:
-                if adversarial:
-                    critic.requires_grad_(True)
-                    parts["discriminator"] = hinge_loss(critic(images), critic(made.detach()))
-                    critic_optimizer.zero_grad()
-                    parts["discriminator"].backward()
-                    critic_optimizer.step()
-                critic_schedule.step()
+            step_tokenizer(parts["loss"])
+            if adversarial and critic is not None and step_critic is not None:
+                critic.requires_grad_(True)
+                parts["discriminator"] = hinge_loss(critic(images), critic(made.detach()))
+                step_critic(parts["discriminator"])
             log.add(step + 1, {name: part.detach() for name, part in parts.items()})
     return log.means()
 
 
-def _adam(
-    module: nn.Module, settings: FitSettings
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _adam(module: nn.Module, settings: FitSettings, steps: int) -> Callable[[Tensor], None]:
+    """What moves the module down a loss, by `steps` steps of Adam in all."""
     optimizer = torch.optim.Adam(module.parameters(), lr=settings.lr, betas=settings.betas)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+
+    def step(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    return step
 
 
 class _FitLog:
