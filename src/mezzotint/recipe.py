@@ -199,6 +199,13 @@ class BackboneSettings(Settings):
     """unet: attend to no padding; the published networks do attend to it."""
     temporal_attention: tuple[int, ...] = ()
     """unet, clips: temporal attention layers after each ResNet block, at each width; empty: none."""
+    adaln_ratio: float | None = Field(None, gt=0)
+    """dit, adaln-zero and adaln: hidden width of the conditioning layers over width, 0.25 in l-DAE. None: none hidden,
+    as published for DiT."""
+    input: Literal["latent", "image"] = "latent"
+    """What the network is given: x, or, of latents of patches, the image that they decode to (l-DAE)."""
+    output: Literal["latent", "image"] = "latent"
+    """What it gives: its target in x's space, or, of latents of patches and target data, the image."""
     num_classes: int | None = Field(None, ge=0)
     """Number of classes; 0 is unconditional. None: as many as the data set has (a saved recipe holds the number)."""
     text_features: int | None = Field(None, ge=0)
@@ -260,7 +267,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 SIZES = ("patch_size", "width", "depth", "heads", "channels", "resblocks", "attention")
 TOKEN_OPTIONS = ("patch_size", "width", "depth", "conditioning")
 NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift"),
+    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift", "adaln_ratio"),
     "diffussm": (
         *TOKEN_OPTIONS,
         "hourglass",
@@ -334,12 +341,15 @@ class ObjectiveSettings(Settings):
     """none, noise, data, velocity, v, likelihood, vdm, min-snr, snr, alpha-squared or inverse-variance."""
     min_snr_gamma: float = Field(5.0, gt=0)
     """min-snr: the cap on the signal-to-noise ratio."""
-    times: Literal["auto", "uniform", "discrete", "logit-normal"] = "auto"
-    """Distribution of training times; auto is discrete where the interpolant has steps, else uniform."""
+    times: Literal["auto", "uniform", "discrete", "logit-normal", "single"] = "auto"
+    """Distribution of training times; auto is discrete where the interpolant has steps, else uniform; single: one
+    noise level only, a classical denoising autoencoder, which cannot be sampled."""
     time_mean: float = 0.0
     """logit-normal: mean of logit t; above 0 favours noise."""
     time_std: float = Field(1.0, gt=0)
     """logit-normal: standard deviation of logit t."""
+    noise_level: float = Field(3**-0.5, gt=0)
+    """single: sigma / alpha of the level."""
     time_eps: float = Field(1e-5, gt=0, lt=0.5)
     """Margin kept from an end of [0, 1] at which the target or its weight is singular."""
     stratified: bool = False
@@ -348,6 +358,9 @@ class ObjectiveSettings(Settings):
     """Share of labels replaced by the null class, of captions by the empty one, for classifier-free guidance."""
     vlb_weight: float = Field(1.0, ge=0)
     """Factor on the variational bound of a learned variance (1: DiT's)."""
+    residual_weight: float = Field(0.0, ge=0)
+    """Networks that give images, on patch-pca: factor on the squared error of the components that the latents leave
+    out, 0.1 in l-DAE, whose network so predicts the original image. 0: only the latents count."""
     level_weights: tuple[float, ...] = ()
     """Matryoshka networks: factors on the levels' losses, smallest level first. Empty: 1 each."""
     level_shares: tuple[float, ...] = ()
@@ -488,6 +501,7 @@ class Recipe(Settings):
     def _consistent(self) -> Recipe:
         self._check_tokenizer()
         self._check_network()
+        self._check_image_space()
         self._check_stages()
         if self.training.batch_size % self.training.accumulate:
             raise ValueError(
@@ -510,8 +524,36 @@ class Recipe(Settings):
             settings.name, settings.stride, settings.channels, self.data.channels, self.data.size, settings.fit
         )
 
+    def _check_image_space(self) -> None:
+        backbone, representation = self.backbone, self.representation
+        sides = [f"backbone.{key}=image" for key in ("input", "output") if getattr(backbone, key) == "image"]
+        if sides and not representation.name.startswith("patch-"):
+            raise ValueError(
+                f"{sides[0]} is for latents of patches (patch-pca, patch-ae, patch-vae), not for {representation.name}; "
+                "change representation, or leave it out"
+            )
+        if sides and (backbone.outer or self.variance != "none"):
+            raise ValueError(f"{sides[0]} knows neither outer levels nor a learned variance; leave one of them out")
+        if backbone.output == "image" and self.target != "data":
+            raise ValueError(f"a network that gives images predicts the data, not {self.target}; set target=data")
+        if len(sides) == 1 and backbone.name == "unet":
+            raise ValueError("a unet's output has its input's sides; set both backbone.input and backbone.output")
+        if self.objective.residual_weight and (
+            backbone.output != "image" or representation.name != "patch-pca" or representation.fit.whiten
+        ):
+            raise ValueError(
+                "objective.residual_weight is for networks that give images on patch-pca, not whitened; set "
+                "backbone.output=image, or leave it out"
+            )
+        if len(sides) == 1 and self.output_shape[1] * backbone.patch_size % self.input_shape[1]:
+            raise ValueError(
+                f"a network of {self.input_shape[1] // backbone.patch_size}² patches cannot give an output of "
+                f"{self.output_shape[1]} × {self.output_shape[1]}; set backbone.patch_size to a multiple of "
+                f"{self.input_shape[1] // math.gcd(*self.input_shape[1:], self.output_shape[1])}"
+            )
+
     def _check_network(self) -> None:
-        backbone, size = self.backbone, self.latent_shape[1]
+        backbone, size = self.backbone, self.input_shape[1]
         if size % backbone.enlargement:
             raise ValueError(
                 f"the outer levels make the network {backbone.enlargement} times as large as inside, which does not "
@@ -573,6 +615,19 @@ class Recipe(Settings):
                 f"data.size {size} is not divisible by the autoencoder's stride {self.representation.stride}"
             )
         return self.representation.channels, size // self.representation.stride, size // self.representation.stride
+
+    def _side_shape(self, side: str) -> tuple[int, int, int]:
+        return (self.data.channels, self.data.size, self.data.size) if side == "image" else self.latent_shape
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network is given; of a Matryoshka network: its largest level."""
+        return self._side_shape(self.backbone.input)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network gives, variance apart."""
+        return self._side_shape(self.backbone.output)
 
     def to_yaml(self) -> str:
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""

@@ -67,6 +67,7 @@ class DiffuSSM(nn.Module):
         patch_size: int = 1,
         in_channels: int,
         out_channels: int | None = None,
+        out_patch_size: int | None = None,
         width: int,
         depth: int,
         hourglass: int = 2,
@@ -108,6 +109,8 @@ class DiffuSSM(nn.Module):
         self.feature_stride = (patch_size, patch_size * hourglass)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
+        self.out_patch_size = out_patch_size or patch_size
+        self.out_shape = (self.out_channels, *(side * self.out_patch_size for side in grid))
         self.hourglass = hourglass
         self.num_classes = num_classes
         self.text_features = text_features
@@ -134,7 +137,7 @@ class DiffuSSM(nn.Module):
             )
             for k in range(depth)
         )
-        self.final_layer = FinalLayer(width, hourglass * patch_size**2 * self.out_channels, adaptive=True)
+        self.final_layer = FinalLayer(width, hourglass * self.out_patch_size**2 * self.out_channels, adaptive=True)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -230,9 +233,9 @@ class DiffuSSM(nn.Module):
         return groups[:, groups.shape[1] - count :]
 
     def _decoded(self, groups: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """(B, J, width) → (B, out_channels, H, W)."""
+        """(B, J, width) → (B, *out_shape)."""
         numbers = self.final_layer(groups, conditions[len(self.blocks)])
-        return unpatchify(numbers, self.patch_size, (self.out_channels, *self.input_size))
+        return unpatchify(numbers, self.out_patch_size, self.out_shape)
 
 
 def _flush_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,19 @@ from mezzotint.errors import MezzotintError
 from mezzotint.files import write_text
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
-from mezzotint.pipeline import Pipeline, build, captioner, sample, save_weights
+from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
-from mezzotint.representations import TOKENIZERS, Encoder, PyramidEncoder
+from mezzotint.representations import TOKENIZERS, Encoder, PatchPCA, PyramidEncoder
+from mezzotint.representations.image_space import FullBasisEncoder
 from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
 from mezzotint.training.parallel import World, world
 from mezzotint.training.tokenizers import check_latents, own_tokenizer
-from mezzotint.weightings import time_distribution, training_range, weighting
+from mezzotint.weightings import TimeDistribution, single_level, time_distribution, training_range, weighting
 
 logger = logging.getLogger("mezzotint")
 
@@ -108,6 +109,8 @@ def train(
             pipeline.prompts = example_captions(train_set)
         denoiser = pipeline.denoiser.train()
         trained = choose_trainable(denoiser.backbone, settings, recipe.seed)
+        if settings.sample_every:
+            check_sampling(pipeline)
         mirror = train_set.mirror if isinstance(train_set, CachedLatents) else flip
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
         averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names, pipeline.prompts)
@@ -125,6 +128,10 @@ def train(
         encoder = encoder_of(train_set, pipeline)
         if not isinstance(train_set, CachedLatents) or settings.sample_every:
             averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
+        if denoiser.space is not None:
+            averaged.representation = pipeline.representation
+            pipeline.connect()
+            averaged.connect()
         optimizer = torch.optim.AdamW(
             parameter_groups(backbone, settings),
             lr=settings.lr,
@@ -256,23 +263,29 @@ def make_objective(
         times = "uniform" if path.num_steps is None else "discrete"
     if denoiser.learned_variance and times != "discrete":
         raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}")
-    return Objective(
-        denoiser,
-        weighting=weights,
-        times=time_distribution(
+    distribution: TimeDistribution
+    if times == "single":
+        distribution = single_level(path, settings.noise_level)
+    else:
+        distribution = time_distribution(
             times,
             t_min=t_min,
             t_max=t_max,
             num_steps=path.num_steps,
             mean=settings.time_mean,
             std=settings.time_std,
-        ),
+        )
+    return Objective(
+        denoiser,
+        weighting=weights,
+        times=distribution,
         condition_dropout=settings.condition_dropout,
         null=null,
         level_weights=(settings.level_weights or (1.0,) * len(denoiser.level_shapes))[:levels],
         level_shares=settings.level_shares[:levels] if levels is None else (),
         stratified=settings.stratified,
         vlb_weight=settings.vlb_weight,
+        residual_weight=settings.residual_weight,
     )
 
 
@@ -339,7 +352,13 @@ def to_device(
 
 
 def encoder_of(dataset: ImageDataset | ImageStream, pipeline: Pipeline) -> Encoder:
-    """What makes x of the data set's batches."""
+    """What makes x of the data set's batches, of the original image all components (`FullBasisEncoder`)."""
+    if pipeline.recipe.objective.residual_weight:
+        if isinstance(dataset, CachedLatents):
+            raise MezzotintError(
+                "objective.residual_weight is on what latents leave out, which cached ones do not have; train on images"
+            )
+        return FullBasisEncoder(cast(PatchPCA, pipeline.representation))
     if not isinstance(dataset, CachedLatents):
         return pipeline.representation
     shapes = pipeline.denoiser.level_shapes
