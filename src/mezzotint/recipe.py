@@ -529,8 +529,8 @@ class Recipe(Settings):
         sides = [f"backbone.{key}=image" for key in ("input", "output") if getattr(backbone, key) == "image"]
         if sides and not representation.name.startswith("patch-"):
             raise ValueError(
-                f"{sides[0]} is for latents of patches (patch-pca, patch-ae, patch-vae), not for {representation.name}; "
-                "change representation, or leave it out"
+                f"{sides[0]} is for patch-pca, patch-ae and patch-vae, not for {representation.name}; change "
+                "representation, or leave it out"
             )
         if sides and (backbone.outer or self.variance != "none"):
             raise ValueError(f"{sides[0]} knows neither outer levels nor a learned variance; leave one of them out")

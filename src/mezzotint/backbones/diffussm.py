@@ -18,6 +18,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    out_shape,
     position_table,
     unpatchify,
 )
@@ -38,7 +39,7 @@ class DiffuSSM(nn.Module):
     order `scan` (block k takes the k-th of its words, from the first again after the last). What enters and leaves is
     DiT's: a projection of each position to `width` (one for each of the M places in a group, added up), the position
     table (averaged over a group), adaptive normalisation, and a final layer that reads all p·p·M·out_channels numbers
-    of a group.
+    of a group, p being `out_patch_size`, or `patch_size` where not given.
 
     `num_classes` = 0 builds an unconditional network. Otherwise the label table has one row more than there are
     classes: row `num_classes` is the null class, which the training objective (not this module) puts in at random.
@@ -110,7 +111,7 @@ class DiffuSSM(nn.Module):
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.out_patch_size = out_patch_size or patch_size
-        self.out_shape = (self.out_channels, *(side * self.out_patch_size for side in grid))
+        self.out_shape = out_shape(self.out_channels, grid, self.out_patch_size)
         self.hourglass = hourglass
         self.num_classes = num_classes
         self.text_features = text_features

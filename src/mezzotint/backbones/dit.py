@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -19,6 +19,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    out_shape,
     position_table,
     unpatchify,
 )
@@ -75,7 +76,7 @@ class DiT(nn.Module):
         hidden = 0 if adaln_ratio is None else int(width * adaln_ratio)
         if adaln_ratio is not None and (hidden < 1 or not self.adaptive):
             raise MezzotintError(
-                f"adaln_ratio {adaln_ratio:g} with a width of {width} and conditioning {conditioning} means nothing; it "
+                f"adaln_ratio {adaln_ratio:g} means nothing for a width of {width} and conditioning {conditioning}; it "
                 "is for adaln-zero and adaln, and must leave at least one channel"
             )
         rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -94,7 +95,7 @@ class DiT(nn.Module):
         self.text_features = text_features
         self.conditioning = conditioning
         self.out_patch_size = out_patch_size or patch_size
-        self.out_shape = (self.out_channels, *(side * self.out_patch_size for side in self.grid))
+        self.out_shape = out_shape(self.out_channels, self.grid, self.out_patch_size)
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedding(width, freq_shift)
@@ -272,7 +273,7 @@ def _regression(width: int, vectors: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, vectors * width))
 
 
-BLOCKS: dict[str, type[Block]] = {
+BLOCKS: dict[str, Callable[..., Block]] = {
     "adaln-zero": AdaLNZeroBlock,
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,
