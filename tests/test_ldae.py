@@ -478,7 +478,7 @@ def test_a_network_without_its_tokenizer(tiny: Recipe) -> None:
         (["target=noise"], "a network that gives images predicts the data, not noise; set target=data"),
         (["variance=unused"], "backbone.input=image knows neither outer levels nor a learned variance"),
         (["backbone.patch_size=3"], "the input is 8 × 8, which a patch of 3 does not divide"),
-        (["backbone.output=latent", "backbone.patch_size=2"], "a network of 4² patches cannot give an output of 2 × 2"),
+        (["backbone.output=latent", "backbone.patch_size=2"], "4 × 4 patches cannot give an output of 2 × 2"),
         ([*NETWORKS["unet"], "backbone.output=latent"], "a unet's output has its input's sides"),
         (
             ["objective.residual_weight=0.1", "backbone.output=latent"],

@@ -545,11 +545,11 @@ class Recipe(Settings):
                 "objective.residual_weight is for networks that give images on patch-pca, not whitened; set "
                 "backbone.output=image, or leave it out"
             )
-        if len(sides) == 1 and self.output_shape[1] * backbone.patch_size % self.input_shape[1]:
+        patches = self.input_shape[1] // backbone.patch_size
+        if len(sides) == 1 and self.output_shape[1] % patches:
             raise ValueError(
-                f"a network of {self.input_shape[1] // backbone.patch_size}² patches cannot give an output of "
-                f"{self.output_shape[1]} × {self.output_shape[1]}; set backbone.patch_size to a multiple of "
-                f"{self.input_shape[1] // math.gcd(*self.input_shape[1:], self.output_shape[1])}"
+                f"a network of {patches} × {patches} patches cannot give an output of {self.output_shape[1]} × "
+                f"{self.output_shape[1]}; change backbone.patch_size"
             )
 
     def _check_network(self) -> None:
