@@ -468,7 +468,7 @@ def test_state_spaces_learn_at_their_own_rate() -> None:
     [
         ["interpolant=ddpm", "target=noise", "variance=learned", "time_input=[1000,-1]", "sampling=ddpm"],
         ["interpolant=vp", "target=score", "objective.weighting=velocity", "guidance.scale=2"],
-        ["interpolant=variance-exploding", "target=data", "objective.weighting=inverse-variance"],
+        ["interpolant={name: variance-exploding, sigma_max: 80}", "target=data"],
         ["interpolant=cosine", "target=v", "training.precision=bf16", "backbone.scan=[row,column]"],
         ["backbone.num_classes=0", "data.labels=false", "backbone.bidirectional=false", "sampling=sde-heun"],
     ],

@@ -163,7 +163,7 @@ def test_learning_rate(schedule: str, expected: list[float]) -> None:
         ["interpolant=ddpm", "target=noise", "variance=learned", "time_input=[1000,-1]", "sampling=ddpm"],
         ["interpolant=cosine", "target=v", "objective.weighting=min-snr"],
         ["interpolant=vp", "target=score", "objective.weighting=velocity"],
-        ["interpolant=variance-exploding", "target=data", "objective.weighting=inverse-variance"],
+        ["interpolant={name: variance-exploding, sigma_max: 80}", "target=data"],
         ["backbone.num_classes=0", "data.labels=false"],
         ["variance=unused", "training.ema=[]"],
         ["training.validate_every=3", "training.sample_every=3"],

@@ -105,6 +105,34 @@ def train(
         console.print(f"trained {folder}; next: mezzotint sample {folder}", soft_wrap=True)
 
 
+@app.command("fit-tokenizer")
+def fit_tokenizer(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder to write, for representation.path=OUT.")] = Path("tokenizer"),
+    device: Device = "auto",
+) -> None:
+    """Fit a recipe's tokenizer (representation=patch-pca, patch-ae, patch-vae or conv-vae) to its training images.
+
+    The folder appears when all is done. 'mezzotint train' does the same by itself where representation.path is not set.
+    """
+    from mezzotint.recipe import load_recipe
+    from mezzotint.training.tokenizers import fit_tokenizer as run_fitting
+
+    try:
+        metrics = run_fitting(load_recipe(recipe, overrides or []), out, device=device)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {out} was not written")
+        raise typer.Exit(130) from None
+    which = "held-out" if metrics["split"] == "test" else "training (there is no test split)"
+    results.print(
+        f"{metrics['images']:,} {which} images: reconstruction MSE {metrics['mse']:.3g}, "
+        f"PSNR {metrics['psnr']:.2f} dB, explained variance {metrics['explained_variance']:.2%}",
+        soft_wrap=True,
+    )
+    results.print(str(out), soft_wrap=True)
+
+
 @app.command()
 def sample(
     model: ModelArgument,
@@ -478,6 +506,24 @@ def convert(
         raise MezzotintError(f"override {overrides[0]!r} is of no recipe; name one by --recipe")
     loaded = None if recipe is None else load_recipe(recipe, overrides or [])
     results.print(str(rewrite(source, out, to=to, recipe=loaded, weights=weights, vae=vae)), soft_wrap=True)  # type: ignore[arg-type]
+
+
+@app.command("export-vit")
+def export_vit(
+    model: ModelArgument,
+    t: Annotated[float, typer.Option("--t", help="The fixed time, 0 data to 1 noise; step 10 of 1000 is 0.01.")] = 0.01,
+    layers: Annotated[int | None, typer.Option(help="How many of the first blocks. Default: half of them.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write, for transformers' AutoModel.")] = Path("vit"),
+    weights: Weights = "model",
+) -> None:
+    """Write the first blocks of a DiT, at a fixed time, as a plain vision transformer: l-DAE's encoder.
+
+    It is an IJepaModel of transformers, which is ViTModel without a class token, and computes what the blocks do.
+    """
+    from mezzotint.interop.vit import export_vit as write_vit
+
+    pipeline = open_model(model, [], weights=weights, device="cpu")
+    results.print(str(write_vit(pipeline, out, t=t, layers=layers)), soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mezzotint.conditions import Condition
 from mezzotint.errors import MezzotintError
 from mezzotint.interpolants import Coefficients, Interpolant, Transition
+from mezzotint.representations.image_space import ImageSpace
 from mezzotint.targets import TARGETS, Target, convert, time_range
 
 
@@ -20,7 +21,8 @@ from mezzotint.targets import TARGETS, Target, convert, time_range
 class Prediction:
     """A network's output at x_t, which can be read as data, noise, velocity, score or v (all shaped like x_t).
 
-    `variance` is the learned variance's interpolation value in [-1, 1] (DiT, section 3), or None.
+    `variance` is the learned variance's interpolation value in [-1, 1] (DiT, section 3), or None; `left_out` what an
+    image that the network gave has beside x's components, (B, D − d, h, w), or None (see `ImageSpace`).
     """
 
     x_t: Tensor
@@ -28,6 +30,7 @@ class Prediction:
     target: Target
     coefficients: Coefficients
     variance: Tensor | None = None
+    left_out: Tensor | None = None
 
     def to(self, target: Target) -> Tensor:
         """This prediction as `target`; not finite at a t outside `Model.time_range(target)`."""
@@ -88,6 +91,8 @@ class Denoiser(nn.Module):
 
     network_time = scale·t + offset, with (scale, offset) = `time_input`: (1000, −1) is DiT's step index for a
     1,000-step schedule, (−1, 1) is SiT's reversed time.
+
+    With a `space` the network is given images, gives images, or both, while x stays what it is.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Denoiser(nn.Module):
         *,
         learned_variance: bool = False,
         time_input: tuple[float, float] = (1000.0, 0.0),
+        space: ImageSpace | None = None,
     ) -> None:
         super().__init__()
         if target not in TARGETS:
@@ -111,6 +117,7 @@ class Denoiser(nn.Module):
         self.target: Target = target
         self.learned_variance = learned_variance
         self.time_input = time_input
+        self.space = space
 
     @property
     def num_classes(self) -> int:
@@ -125,7 +132,7 @@ class Denoiser(nn.Module):
     @property
     def in_shape(self) -> tuple[int, ...]:
         """Of one example: (C, H, W), (F, C, H, W) of a clip, or (N,) of a packed pyramid."""
-        return in_shape(self.backbone)
+        return in_shape(self.backbone) if self.space is None else self.space.shape
 
     @property
     def level_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -178,12 +185,15 @@ class Denoiser(nn.Module):
         if self.num_classes and y is None:
             y = torch.full((batch,), self.num_classes, device=x.device)
         shared = {} if condition is None else {"condition": condition}
-        output = self.backbone(x, network_time, y, **shared).to(x.dtype)
-        variance = None
+        seen = x if self.space is None else self.space.to_network(x)
+        output = self.backbone(seen, network_time, y, **shared).to(x.dtype)
+        variance = left_out = None
+        if self.space is not None:
+            output, left_out = self.space.from_network(output)
         if x.ndim == 4 and output.shape[1] == 2 * x.shape[1]:
             output, second_half = output.chunk(2, dim=1)
             variance = second_half if self.learned_variance else None
-        return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance)
+        return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance, left_out)
 
 
 def in_shape(backbone: nn.Module) -> tuple[int, ...]:

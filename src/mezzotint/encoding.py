@@ -10,7 +10,7 @@ from mezzotint.data.latents import SHARD_SIZE, SPLITS, encode_dataset
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe
-from mezzotint.representations import KLAutoencoder, representation
+from mezzotint.representations import KLAutoencoder, Tokenizer, representation
 from mezzotint.training.parallel import choose_device, rank_and_size
 
 
@@ -31,10 +31,10 @@ def encode(
     Started by torchrun, the processes share the files. Raises `MezzotintError` for a representation without an
     autoencoder, and as loading the data and `encode_dataset` do.
     """
-    if recipe.representation.name != "kl":
+    if recipe.representation.name == "pixels":
         raise MezzotintError(
             f"the representation {recipe.representation.name!r} has no latents to encode; set representation=kl and "
-            "representation.path to an autoencoder"
+            "representation.path to an autoencoder, or use a tokenizer"
         )
     if splits is not None and not splits:
         raise MezzotintError("splits names no split; expected train, test or both")
@@ -47,8 +47,9 @@ def encode(
                 raise
     # The processes never meet, so they are only counted, not joined: one may finish hours before another.
     rank, world_size = rank_and_size()
-    autoencoder = representation(**recipe.representation.model_dump(), device=choose_device(device))
-    assert isinstance(autoencoder, KLAutoencoder)
+    settings = recipe.representation.model_dump(exclude={"fit"})
+    autoencoder = representation(**settings, device=choose_device(device))
+    assert isinstance(autoencoder, KLAutoencoder | Tokenizer)
     for split, dataset in datasets.items():
         encode_dataset(
             dataset,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to fill; becomes `out` on success, and is removed on failure.
+
+    Raises `MezzotintError` where the disk is full, read-only or not ours to write.
+    """
+    place = out.resolve()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        if place.is_dir():  # empty, or it would have been refused
+            place.rmdir()
+        os.replace(temporary, place)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MezzotintError(f"cannot write {out}: {reason}; free some space or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

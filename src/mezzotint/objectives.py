@@ -33,6 +33,10 @@ class Objective(nn.Module):
 
     Of a packed pyramid it is the sum over levels of each level's own mean, times its weight (MDM, section 3.2).
 
+    With a `residual_weight` the network predicts the original image (l-DAE, section 4.4): of the residual
+    r = V(image − network) in the full PCA basis the first d components, which are x's, count 1 and all others this
+    weight, w(t)·(Σ_{i ≤ d} r_i² + residual_weight·Σ_{i > d} r_i²) / d.
+
     A module, so that data parallelism can wrap it: it owns the denoiser and its forward is one training loss.
     """
 
@@ -48,6 +52,7 @@ class Objective(nn.Module):
         vlb_weight: float = 1.0,
         level_weights: Sequence[float] = (),
         level_shares: Sequence[float] = (),
+        residual_weight: float = 0.0,
     ) -> None:
         """condition_dropout: share of labels replaced by the null class, of captions by `null`, the empty one.
 
@@ -64,6 +69,7 @@ class Objective(nn.Module):
         self.condition_dropout = condition_dropout if denoiser.num_classes or denoiser.text else 0.0
         self.stratified = stratified
         self.vlb_weight = vlb_weight
+        self.residual_weight = residual_weight
         self.sizes = [math.prod(shape) for shape in denoiser.level_shapes]
         self.level_weights = tuple(level_weights) or (1.0,) * len(self.sizes)
         self.level_shares = tuple(level_shares) or (1.0,) * len(self.level_weights)
@@ -80,7 +86,8 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, y: Condition | None, draw: Draw) -> dict[str, Tensor]:
         """Losses per example, each (B,): ``loss`` to minimise, ``mse`` unweighted on the target, ``vlb`` if learned.
 
-        x (B, *in_shape) clean data; y B labels int64 or captions, or None.
+        x (B, *in_shape) clean data, with a residual weight all D components (B, D, h, w); y B labels int64 or captions,
+        or None.
         """
         if isinstance(y, Text):
             assert self.null is not None, "captions need the null caption"
@@ -117,6 +124,9 @@ class Objective(nn.Module):
         sizes = self.sizes[: len(weights)]
         if len(denoiser.level_shapes) > 1:
             x, eps = x[:, : sum(sizes)], eps[:, : sum(sizes)]
+        left_out = None
+        if self.residual_weight:
+            x, left_out = x.tensor_split([denoiser.in_shape[0]], dim=1)
         c = denoiser.interpolant.coefficients(t, x)
         x_t = c.alpha * x + c.sigma * eps
         prediction = denoiser(x_t, t, y)
@@ -125,6 +135,10 @@ class Objective(nn.Module):
         weighted = _level_means(self.weighting.on(denoiser.target, c) * squared, sizes)
         losses = {"mse": torch.stack(mse).mean(0)}
         losses["loss"] = torch.stack([w * mean for w, mean in zip(weights, weighted, strict=True)]).sum(0)
+        if left_out is not None:
+            assert prediction.left_out is not None
+            squared = self.weighting.on(denoiser.target, c) * (prediction.left_out - left_out).square()
+            losses["loss"] = losses["loss"] + self.residual_weight * squared.flatten(1).sum(1) / sizes[0]
         if denoiser.learned_variance:
             losses["vlb"] = variational_bound(denoiser, prediction, x, t)
             losses["loss"] = losses["loss"] + self.vlb_weight * losses["vlb"]

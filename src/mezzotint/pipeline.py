@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,10 +27,14 @@ from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.representations import Pyramid, Representation, representation
+from mezzotint.representations.image_space import ImageSpace
+from mezzotint.representations.tokenizer import PatchTokenizer
 from mezzotint.samplers import Sampler, example_generators, randn
 
 BACKBONES: dict[str, type[nn.Module]] = {"dit": DiT, "diffussm": DiffuSSM, "unet": UNet}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: signal-to-noise ratio up to which the end of a path counts as pure noise
+MAX_SNR_OF_NOISE = 0.01
 
 
 @dataclass
@@ -44,6 +48,15 @@ class Pipeline:
     denoiser: Denoiser
     class_names: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recipe.representation.path is not None:
+            self.connect()
+
+    def connect(self) -> None:
+        """Give a network that works on images the tokenizer through which it does; nothing for any other network."""
+        if self.denoiser.space is not None:
+            self.denoiser.space.tokenizer = cast(PatchTokenizer, self.representation)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +77,7 @@ class Pipeline:
 
     @cached_property
     def representation(self) -> Representation:
-        made = representation(**self.recipe.representation.model_dump(), device=self.device)
+        made = representation(**self.recipe.representation.model_dump(exclude={"fit"}), device=self.device)
         shapes = self.denoiser.level_shapes
         return made if len(shapes) == 1 else Pyramid(made, shapes)
 
@@ -89,17 +102,19 @@ def captioner(recipe: Recipe, device: torch.device | str = "cpu") -> Captioner:
 
 def build_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's network with freshly initialised weights, on the current default device."""
-    settings, (channels, height, width) = recipe.backbone, recipe.latent_shape
+    settings, (channels, height, width), output = recipe.backbone, recipe.input_shape, recipe.output_shape
     shape: dict[str, Any] = {
         "input_size": (height // settings.enlargement, width // settings.enlargement),
         "in_channels": channels,
-        "out_channels": channels if recipe.variance == "none" else 2 * channels,
+        "out_channels": output[0] if recipe.variance == "none" else 2 * output[0],
         "num_classes": settings.num_classes or 0,
         "text_features": settings.text_features,
     }
     frames = recipe.data.frames // math.prod(level.frame_ratio for level in settings.outer)
     if settings.name == "unet":
         shape["frames"] = frames
+    else:
+        shape["out_patch_size"] = settings.patch_size * output[1] // height
     network = BACKBONES[settings.name](**shape, **settings.options())
     for level in settings.outer:
         frames *= level.frame_ratio
@@ -127,7 +142,14 @@ def build_denoiser(recipe: Recipe, backbone: nn.Module | None = None) -> Denoise
         recipe.target,
         learned_variance=recipe.variance == "learned",
         time_input=recipe.time_input,
+        space=image_space(recipe),
     )
+
+
+def image_space(recipe: Recipe) -> ImageSpace | None:
+    """What the recipe puts between x and a network that works on images, still without its tokenizer."""
+    sides = {side: getattr(recipe.backbone, side) == "image" for side in ("input", "output")}
+    return ImageSpace(recipe.latent_shape, **sides) if any(sides.values()) else None
 
 
 def build(recipe: Recipe | str, *, class_names: Sequence[str] = (), device: torch.device | str = "cpu") -> Pipeline:
@@ -328,6 +350,27 @@ def listed(labels: Tensor | Sequence[str] | None) -> list[int] | list[str] | Non
     return labels.tolist() if isinstance(labels, Tensor) else None if labels is None else list(labels)
 
 
+def check_sampling(pipeline: Pipeline) -> None:
+    """Raise `MezzotintError` for a model that no sampler can draw from: it knows one noise level, or never pure noise.
+
+    A path's end counts as noise from a signal-to-noise ratio of 1 / 100 downwards.
+    """
+    if pipeline.recipe.objective.times == "single":
+        raise MezzotintError(
+            "this model was trained at a single noise level, so it cannot lead from noise to data; train it with "
+            "objective.times=auto to sample it"
+        )
+    path = pipeline.denoiser.interpolant
+    end = path.at(torch.ones((), dtype=torch.float64))
+    ratio = (end.alpha / end.sigma).square().max().item()
+    if ratio > MAX_SNR_OF_NOISE:
+        raise MezzotintError(
+            f"at t = 1 this model's signal-to-noise ratio is {ratio:.2g}, which is not noise that sampling could start "
+            "from; take an interpolant that ends in noise, such as linear-variance, or raise interpolant.sigma_max "
+            "(variance-exploding), and train again"
+        )
+
+
 @torch.no_grad()
 def state_batches(
     pipeline: Pipeline,
@@ -349,6 +392,7 @@ def state_batches(
     """
     if batch_size < 1:
         raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
+    check_sampling(pipeline)
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
     sampler = Sampler.parse(recipe.sampling.model_dump() | options)
     if guidance is None:

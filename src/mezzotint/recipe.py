@@ -19,6 +19,8 @@ from mezzotint.backbones.s4d import Discretisation, Initialisation
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
+from mezzotint.representations import TOKENIZERS, FitSettings
+from mezzotint.representations.tokenizer import INFO, OWN_FOLDER, check_settings
 from mezzotint.samplers import Sampler
 from mezzotint.settings import Settings
 from mezzotint.targets import Target
@@ -90,23 +92,26 @@ class DataSettings(Settings):
 class RepresentationSettings(Settings):
     """The space that x lives in."""
 
-    name: Literal["pixels", "kl"] = "pixels"
-    """pixels, or kl: the latents of a frozen KL autoencoder (needs the extra 'latent')."""
+    name: Literal["pixels", "kl", "patch-pca", "patch-ae", "patch-vae", "conv-vae"] = "pixels"
+    """pixels; kl: the latents of a frozen KL autoencoder (needs the extra 'latent'); patch-pca, patch-ae, patch-vae,
+    conv-vae: tokenizers that are fitted to the training images (conv-vae needs the extra 'latent')."""
     path: str | None = None
-    """kl: folder (or a pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g.
-    stabilityai/sd-vae-ft-ema."""
+    """Tokenizers: a folder that 'mezzotint fit-tokenizer' wrote; None: training fits one first. kl: folder (or a
+    pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g. stabilityai/sd-vae-ft-ema."""
     scale: float | None = None
     """kl: factor on the latents. None: the autoencoder's own (0.18215 for Stable Diffusion's)."""
     stride: int = Field(8, ge=1)
-    """kl: pixels per latent position along a side."""
+    """All but pixels: pixels per latent position along a side; of a patch tokenizer, the side p of a patch."""
     channels: int = Field(4, ge=1)
-    """kl: channels of a latent."""
+    """All but pixels: channels d of a latent."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """kl: of the autoencoder's weights and activations; latents and images stay fp32."""
     slicing: bool = False
     """kl: take one image at a time through the autoencoder, which saves memory."""
     tiling: bool = False
     """kl: take large images through the autoencoder in overlapping tiles: less memory, and slightly other images."""
+    fit: FitSettings = FitSettings()
+    """Tokenizers: how they are fitted."""
 
 
 class OuterLevel(Settings):
@@ -194,6 +199,13 @@ class BackboneSettings(Settings):
     """unet: attend to no padding; the published networks do attend to it."""
     temporal_attention: tuple[int, ...] = ()
     """unet, clips: temporal attention layers after each ResNet block, at each width; empty: none."""
+    adaln_ratio: float | None = Field(None, gt=0)
+    """dit, adaln-zero and adaln: hidden width of the conditioning layers over width, 0.25 in l-DAE. None: none hidden,
+    as published for DiT."""
+    input: Literal["latent", "image"] = "latent"
+    """What the network is given: x, or, of latents of patches, the image that they decode to (l-DAE)."""
+    output: Literal["latent", "image"] = "latent"
+    """What it gives: its target in x's space, or, of latents of patches and target data, the image."""
     num_classes: int | None = Field(None, ge=0)
     """Number of classes; 0 is unconditional. None: as many as the data set has (a saved recipe holds the number)."""
     text_features: int | None = Field(None, ge=0)
@@ -255,7 +267,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 SIZES = ("patch_size", "width", "depth", "heads", "channels", "resblocks", "attention")
 TOKEN_OPTIONS = ("patch_size", "width", "depth", "conditioning")
 NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift"),
+    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift", "adaln_ratio"),
     "diffussm": (
         *TOKEN_OPTIONS,
         "hourglass",
@@ -329,12 +341,15 @@ class ObjectiveSettings(Settings):
     """none, noise, data, velocity, v, likelihood, vdm, min-snr, snr, alpha-squared or inverse-variance."""
     min_snr_gamma: float = Field(5.0, gt=0)
     """min-snr: the cap on the signal-to-noise ratio."""
-    times: Literal["auto", "uniform", "discrete", "logit-normal"] = "auto"
-    """Distribution of training times; auto is discrete where the interpolant has steps, else uniform."""
+    times: Literal["auto", "uniform", "discrete", "logit-normal", "single"] = "auto"
+    """Distribution of training times; auto is discrete where the interpolant has steps, else uniform; single: one
+    noise level only, a classical denoising autoencoder, which cannot be sampled."""
     time_mean: float = 0.0
     """logit-normal: mean of logit t; above 0 favours noise."""
     time_std: float = Field(1.0, gt=0)
     """logit-normal: standard deviation of logit t."""
+    noise_level: float = Field(3**-0.5, gt=0)
+    """single: sigma / alpha of the level."""
     time_eps: float = Field(1e-5, gt=0, lt=0.5)
     """Margin kept from an end of [0, 1] at which the target or its weight is singular."""
     stratified: bool = False
@@ -343,6 +358,9 @@ class ObjectiveSettings(Settings):
     """Share of labels replaced by the null class, of captions by the empty one, for classifier-free guidance."""
     vlb_weight: float = Field(1.0, ge=0)
     """Factor on the variational bound of a learned variance (1: DiT's)."""
+    residual_weight: float = Field(0.0, ge=0)
+    """Networks that give images, on patch-pca: factor on the squared error of the components that the latents leave
+    out, 0.1 in l-DAE, whose network so predicts the original image. 0: only the latents count."""
     level_weights: tuple[float, ...] = ()
     """Matryoshka networks: factors on the levels' losses, smallest level first. Empty: 1 each."""
     level_shares: tuple[float, ...] = ()
@@ -481,7 +499,9 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        self._check_tokenizer()
         self._check_network()
+        self._check_image_space()
         self._check_stages()
         if self.training.batch_size % self.training.accumulate:
             raise ValueError(
@@ -494,8 +514,46 @@ class Recipe(Settings):
             )
         return self
 
+    def _check_tokenizer(self) -> None:
+        settings = self.representation
+        if settings.name not in TOKENIZERS:
+            return
+        if self.data.frames:
+            raise ValueError(f"the representation {settings.name} is of images, not of clips; set data.frames=0")
+        check_settings(
+            settings.name, settings.stride, settings.channels, self.data.channels, self.data.size, settings.fit
+        )
+
+    def _check_image_space(self) -> None:
+        backbone, representation = self.backbone, self.representation
+        sides = [f"backbone.{key}=image" for key in ("input", "output") if getattr(backbone, key) == "image"]
+        if sides and not representation.name.startswith("patch-"):
+            raise ValueError(
+                f"{sides[0]} is for patch-pca, patch-ae and patch-vae, not for {representation.name}; change "
+                "representation, or leave it out"
+            )
+        if sides and (backbone.outer or self.variance != "none"):
+            raise ValueError(f"{sides[0]} knows neither outer levels nor a learned variance; leave one of them out")
+        if backbone.output == "image" and self.target != "data":
+            raise ValueError(f"a network that gives images predicts the data, not {self.target}; set target=data")
+        if len(sides) == 1 and backbone.name == "unet":
+            raise ValueError("a unet's output has its input's sides; set both backbone.input and backbone.output")
+        if self.objective.residual_weight and (
+            backbone.output != "image" or representation.name != "patch-pca" or representation.fit.whiten
+        ):
+            raise ValueError(
+                "objective.residual_weight is for networks that give images on patch-pca, not whitened; set "
+                "backbone.output=image, or leave it out"
+            )
+        patches = self.input_shape[1] // backbone.patch_size
+        if len(sides) == 1 and self.output_shape[1] % patches:
+            raise ValueError(
+                f"a network of {patches} × {patches} patches cannot give an output of {self.output_shape[1]} × "
+                f"{self.output_shape[1]}; change backbone.patch_size"
+            )
+
     def _check_network(self) -> None:
-        backbone, size = self.backbone, self.latent_shape[1]
+        backbone, size = self.backbone, self.input_shape[1]
         if size % backbone.enlargement:
             raise ValueError(
                 f"the outer levels make the network {backbone.enlargement} times as large as inside, which does not "
@@ -557,6 +615,19 @@ class Recipe(Settings):
                 f"data.size {size} is not divisible by the autoencoder's stride {self.representation.stride}"
             )
         return self.representation.channels, size // self.representation.stride, size // self.representation.stride
+
+    def _side_shape(self, side: str) -> tuple[int, int, int]:
+        return (self.data.channels, self.data.size, self.data.size) if side == "image" else self.latent_shape
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network is given; of a Matryoshka network: its largest level."""
+        return self._side_shape(self.backbone.input)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network gives, variance apart."""
+        return self._side_shape(self.backbone.output)
 
     def to_yaml(self) -> str:
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""
@@ -621,21 +692,23 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
         )
     representation = recipe.representation
     if isinstance(dataset, data.CachedLatents):
-        if representation.name != "kl":
+        if representation.name == "pixels":
             raise MezzotintError(
-                f"the data are latents, but the recipe's representation is {representation.name}; set representation=kl"
+                "the data are latents, but the recipe's representation is pixels; set representation=kl, or the "
+                "tokenizer that encoded them"
             )
         if recipe.latent_shape != dataset.latent_shape:
             raise MezzotintError(
                 f"the latents are {dataset.latent_shape}, expected {recipe.latent_shape} (channels, height, width); "
                 "set representation.channels and representation.stride to those of the autoencoder that encoded them"
             )
-        if representation.scale not in (None, dataset.info.scale):
+        if representation.name == "kl" and representation.scale not in (None, dataset.info.scale):
             raise MezzotintError(
                 f"the latents were encoded for a scale of {dataset.info.scale}, but representation.scale is "
                 f"{representation.scale}; set it to null or encode again"
             )
-        representation = representation.model_copy(update={"scale": dataset.info.scale})
+        if representation.name == "kl":
+            representation = representation.model_copy(update={"scale": dataset.info.scale})
     backbone = recipe.backbone.model_copy(
         update={"num_classes": has if wanted is None else wanted, "text_features": text_features}
     )
@@ -666,6 +739,8 @@ def _read(source: str | Path) -> dict[str, Any]:
         raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values")
     base = values.pop("extends", None)
     values.setdefault("name", path.stem if path.is_file() else str(source))
+    if ((own := path.parent / OWN_FOLDER) / INFO).is_file() and path.name == "recipe.yaml":
+        values["representation"] |= {"path": str(own)}  # wherever the run's folder is now
     return _merge({} if base is None else _read(base), values)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.interpolants import Coefficients, Interpolant
+from mezzotint.interpolants import Coefficients, Interpolant, time_of_log_snr
 from mezzotint.targets import Target, conversion, time_range
 
 
@@ -158,13 +158,43 @@ class LogitNormal(TimeDistribution):
         return torch.sigmoid(self.mean + self.std * normal).clamp(self.t_min, self.t_max)
 
 
+@dataclass(frozen=True)
+class SingleLevel(TimeDistribution):
+    """Always t: one noise level, as a classical denoising autoencoder has it (l-DAE, section 4.4)."""
+
+    t: float
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.full_like(u, self.t)
+
+
+def single_level(interpolant: Interpolant, noise_level: float) -> SingleLevel:
+    """The time at which sigma / alpha is `noise_level`; of a packed pyramid, that of the smallest level.
+
+    Raises `MezzotintError` where the interpolant never has this level.
+    """
+    if not noise_level > 0:
+        raise MezzotintError(f"objective.noise_level must be above 0, got {noise_level}")
+    asked = torch.tensor(-2 * math.log(noise_level), dtype=torch.float64)
+    highest = (-0.5 * interpolant.log_snr(torch.ones_like(asked))).exp().item()
+    if noise_level > highest:
+        raise MezzotintError(
+            f"objective.noise_level {noise_level:g} is never reached: sigma / alpha is at most {highest:g} here; lower "
+            "it, or take another interpolant"
+        )
+    return SingleLevel(time_of_log_snr(interpolant, asked, interpolant.t_min, 1.0).item())
+
+
 TIME_DISTRIBUTIONS = ("uniform", "discrete", "logit-normal")
 
 
 def time_distribution(
     name: str, *, t_min: float, t_max: float, num_steps: int | None, mean: float = 0.0, std: float = 1.0
 ) -> TimeDistribution:
-    """A distribution of training times by name, of `TIME_DISTRIBUTIONS`, on [t_min, t_max] or the schedule's steps."""
+    """A distribution of training times by name, on [t_min, t_max] or the schedule's steps; not `single_level`.
+
+    Raises `MezzotintError` for an unknown name, and where the interpolant or a number does not allow it.
+    """
     match name:
         case "uniform":
             return Uniform(t_min, t_max)

@@ -18,6 +18,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    out_shape,
     patch_grid,
     position_table,
     unpatchify,
@@ -39,7 +40,7 @@ class DiffuSSM(nn.Module):
     order `scan` (block k takes the k-th of its words, from the first again after the last). What enters and leaves is
     DiT's: a projection of each position to `width` (one for each of the M places in a group, added up), the position
     table (averaged over a group), adaptive normalisation, and a final layer that reads all p·p·M·out_channels numbers
-    of a group.
+    of a group, p being `out_patch_size`, or `patch_size` where not given.
 
     `num_classes` = 0 builds an unconditional network. Otherwise the label table has one row more than there are
     classes: row `num_classes` is the null class, which the training objective (not this module) puts in at random.
@@ -68,6 +69,7 @@ class DiffuSSM(nn.Module):
         patch_size: int = 1,
         in_channels: int,
         out_channels: int | None = None,
+        out_patch_size: int | None = None,
         width: int,
         depth: int,
         hourglass: int = 2,
@@ -104,6 +106,8 @@ class DiffuSSM(nn.Module):
         self.feature_stride = (patch_size, patch_size * hourglass)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
+        self.out_patch_size = out_patch_size or patch_size
+        self.out_shape = out_shape(self.out_channels, grid, self.out_patch_size)
         self.hourglass = hourglass
         self.num_classes = num_classes
         self.text_features = text_features
@@ -130,7 +134,7 @@ class DiffuSSM(nn.Module):
             )
             for k in range(depth)
         )
-        self.final_layer = FinalLayer(width, hourglass * patch_size**2 * self.out_channels, adaptive=True)
+        self.final_layer = FinalLayer(width, hourglass * self.out_patch_size**2 * self.out_channels, adaptive=True)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -226,9 +230,9 @@ class DiffuSSM(nn.Module):
         return groups[:, groups.shape[1] - count :]
 
     def _decoded(self, groups: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """(B, J, width) → (B, out_channels, H, W)."""
+        """(B, J, width) → (B, *out_shape)."""
         numbers = self.final_layer(groups, conditions[len(self.blocks)])
-        return unpatchify(numbers, self.patch_size, (self.out_channels, *self.input_size))
+        return unpatchify(numbers, self.out_patch_size, self.out_shape)
 
 
 def _flush_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -19,6 +19,7 @@ from mezzotint.backbones.layers import (
     as_features,
     check_input,
     modulate,
+    out_shape,
     patch_grid,
     position_table,
     unpatchify,
@@ -41,8 +42,12 @@ class DiT(nn.Module):
 
     Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
 
+    With `adaln_ratio` each conditioning layer has a hidden one of so many times the width (l-DAE: 1/4), which makes
+    adaptive LayerNorm cheap. `out_patch_size` is the side of an output patch, `patch_size` where not given.
+
     Raises MezzotintError when `conditioning` is unknown, a side of `input_size` is not a multiple of `patch_size`,
-    `width` is not a multiple of 4 and of `heads`, or there are both classes and captions.
+    `width` is not a multiple of 4 and of `heads`, `adaln_ratio` leaves no hidden channel or has nothing to act on, or
+    there are both classes and captions.
     """
 
     pos_embed: Tensor
@@ -62,10 +67,19 @@ class DiT(nn.Module):
         text_features: int | None = None,
         conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero",
         freq_shift: int = 0,
+        adaln_ratio: float | None = None,
+        out_patch_size: int | None = None,
     ) -> None:
         super().__init__()
         if conditioning not in BLOCKS:
             raise MezzotintError(f"conditioning {conditioning!r} is unknown; {closest(conditioning, BLOCKS)}")
+        self.adaptive = conditioning in ("adaln-zero", "adaln")
+        hidden = 0 if adaln_ratio is None else int(width * adaln_ratio)
+        if adaln_ratio is not None and (hidden < 1 or not self.adaptive):
+            raise MezzotintError(
+                f"adaln_ratio {adaln_ratio:g} means nothing for a width of {width} and conditioning {conditioning}; it "
+                "is for adaln-zero and adaln, and must leave at least one channel"
+            )
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.patch_size = patch_size
         self.grid = patch_grid(self.input_size, patch_size)
@@ -76,21 +90,26 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.text_features = text_features
         self.conditioning = conditioning
-        self.adaptive = conditioning in ("adaln-zero", "adaln")
+        self.out_patch_size = out_patch_size or patch_size
+        self.out_shape = out_shape(self.out_channels, self.grid, self.out_patch_size)
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedding(width, freq_shift)
         self.y_embedder = condition_embedding(num_classes, text_features, width)
         self.register_buffer("pos_embed", position_table(width, *self.grid).unsqueeze(0))
-        self.blocks = nn.ModuleList(BLOCKS[conditioning](width, heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size**2 * self.out_channels, self.adaptive)
-        self._initialise()
+        own = {"adaln_hidden": hidden} if self.adaptive else {}
+        self.blocks = nn.ModuleList(BLOCKS[conditioning](width, heads, mlp_ratio, **own) for _ in range(depth))
+        self.final_layer = FinalLayer(width, self.out_patch_size**2 * self.out_channels, self.adaptive, hidden)
+        self._initialise("adaLN_modulation.3" if hidden else "adaLN_modulation")
 
-    def _initialise(self) -> None:
-        """The published initialisation (§4 of the paper, and the official code for embeddings); text has its own."""
+    def _initialise(self, regression: str) -> None:
+        """The published initialisation (§4 of the paper, and the official code for embeddings); text has its own.
+
+        regression: the layer that regresses what adaln-zero starts at zero.
+        """
         zero = ["bias", "final_layer.linear"]
         if self.conditioning == "adaln-zero":
-            zero.append("adaLN_modulation")
+            zero.append(regression)
         for name, parameter in self.named_parameters():
             if name.startswith("y_embedder.encoder"):
                 continue
@@ -104,7 +123,7 @@ class DiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """(B, in_channels, H, W) → (B, out_channels, H, W).
+        """(B, in_channels, H, W) → (B, *out_shape), (out_channels, H, W) but for an `out_patch_size` of its own.
 
         Computed in the parameters' dtype, whatever that of `x`; the output has it, too. `t` (B,) is time as the
         sinusoids see it (DiT: 0 to 999), best in float32. `y`: labels (B,) int64 in [0, num_classes], or a Text of B
@@ -146,7 +165,7 @@ class DiT(nn.Module):
         for block, c_and_mask in zip(self.blocks, given, strict=True):
             tokens = block(tokens, *c_and_mask)
         tokens = tokens[:, :length]
-        output = unpatchify(self.final_layer(tokens, final), self.patch_size, (self.out_channels, *self.input_size))
+        output = unpatchify(self.final_layer(tokens, final), self.out_patch_size, self.out_shape)
         return output, as_features(tokens, self.grid)
 
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
@@ -188,9 +207,9 @@ class AdaLNZeroBlock(Block):
     c (B, 1, 6·width) is what `adaLN_modulation` makes of the activated sum of the embeddings of time and class or text.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, adaln_hidden: int = 0) -> None:
         super().__init__(width, heads, mlp_ratio, affine=False)
-        self.adaLN_modulation = _regression(width, 6)
+        self.adaLN_modulation = _regression(width, 6, adaln_hidden)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=-1)
@@ -201,9 +220,9 @@ class AdaLNZeroBlock(Block):
 class AdaLNBlock(Block):
     """Shift and scale of both LayerNorms regressed from c (B, 1, 4·width)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, adaln_hidden: int = 0) -> None:
         super().__init__(width, heads, mlp_ratio, affine=False)
-        self.adaLN_modulation = _regression(width, 4)
+        self.adaLN_modulation = _regression(width, 4, adaln_hidden)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = c.chunk(4, dim=-1)
@@ -228,12 +247,12 @@ class CrossAttentionBlock(Block):
 class FinalLayer(nn.Module):
     """Tokens (B, T, width) → (B, T, out_features) by a LayerNorm (`adaptive`: modulated by c) and a linear layer."""
 
-    def __init__(self, width: int, out_features: int, adaptive: bool) -> None:
+    def __init__(self, width: int, out_features: int, adaptive: bool, adaln_hidden: int = 0) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=not adaptive)
         self.linear = nn.Linear(width, out_features)
         if adaptive:
-            self.adaLN_modulation = _regression(width, 2)
+            self.adaLN_modulation = _regression(width, 2, adaln_hidden)
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         x = self.norm_final(x)
@@ -242,12 +261,15 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
 
-def _regression(width: int, vectors: int) -> nn.Sequential:
+def _regression(width: int, vectors: int, hidden: int) -> nn.Sequential:
+    """(…, width) → (…, vectors·width) by a linear layer, or by an MLP with a hidden width above 0."""
     # Official checkpoints number this linear layer 1, after the SiLU that DiT.forward takes once for all layers.
-    return nn.Sequential(nn.Identity(), nn.Linear(width, vectors * width))
+    if not hidden:
+        return nn.Sequential(nn.Identity(), nn.Linear(width, vectors * width))
+    return nn.Sequential(nn.Identity(), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, vectors * width))
 
 
-BLOCKS: dict[str, type[Block]] = {
+BLOCKS: dict[str, Callable[..., Block]] = {
     "adaln-zero": AdaLNZeroBlock,
     "adaln": AdaLNBlock,
     "cross-attention": CrossAttentionBlock,

@@ -107,6 +107,11 @@ def unpatchify(tokens: Tensor, patch_size: int, shape: tuple[int, int, int]) -> 
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows, columns)
 
 
+def out_shape(channels: int, grid: tuple[int, int], patch_size: int) -> tuple[int, int, int]:
+    """(C, H, W) of what `unpatchify` makes of a grid of tokens."""
+    return channels, grid[0] * patch_size, grid[1] * patch_size
+
+
 def add_features(tokens: Tensor, features: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, T, width) of a grid read row by row, with the features (B, width, *grid) of an outer network added.
 

@@ -1,4 +1,4 @@
-"""Caches of latents: the posteriors of a KL autoencoder, encoded once, for training that never sees the autoencoder.
+"""Caches of latents: an autoencoder's posteriors, encoded once, for training that never sees the autoencoder.
 
     DIR/
       latents.json                      `CacheInfo`: what was encoded, and by what
@@ -6,7 +6,8 @@
       test/…
 
 Moments are the mean and, in the second half of the channels, the log-variance of a latent, unscaled; the flipped ones
-are of the mirror image. Training draws a fresh latent from them every time.
+are of the mirror image. Training draws a fresh latent from them every time. A tokenizer without a posterior, such as
+PCA, has C channels of moments: the latents themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mezzotint.data.splits import NoSuchSplit, check_split
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, save_tensors, write_text
 from mezzotint.progress import console, progress_bar
-from mezzotint.representations import KLAutoencoder, scaled_latents
+from mezzotint.representations import KLAutoencoder, Tokenizer, scaled_latents
 from mezzotint.settings import Settings
 
 logger = logging.getLogger("mezzotint")
@@ -61,11 +62,13 @@ class CacheInfo(Settings):
     image_shape: tuple[int, int, int]
     """(C, H, W) of the images, in pixels."""
     latent_shape: tuple[int, int, int]
-    """(C, h, w) of a latent, half the channels of its moments."""
+    """(C, h, w) of a latent."""
     class_names: tuple[str, ...]
     """One name per class; empty when unlabelled."""
+    stochastic: bool = True
+    """Whether moments are those of a posterior, of 2C channels, rather than latents of C."""
     autoencoder: str
-    """`KLAutoencoder.digest`."""
+    """`digest` of the `KLAutoencoder` or `Tokenizer`."""
     precision: str
     """That the autoencoder computed in."""
     tiling: bool
@@ -81,6 +84,12 @@ class CacheInfo(Settings):
     splits: dict[str, SplitInfo]
     """By name, train and test."""
 
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2C or C, h, w) of an example's moments."""
+        channels, height, width = self.latent_shape
+        return (2 * channels if self.stochastic else channels), height, width
+
     def num_shards(self, split: str) -> int:
         return math.ceil(self.splits[split].examples / self.shard_size)
 
@@ -95,7 +104,8 @@ class CacheInfo(Settings):
 
     def fingerprint(self, split: str) -> str:
         """16 hexadecimal digits over all that a shard of `split` depends on; written into it."""
-        values = self.model_dump(mode="json", exclude={"splits"}) | {split: self.splits[split].model_dump()}
+        left_out = {"splits", "stochastic"} if self.stochastic else {"splits"}  # caches from before it have no such key
+        values = self.model_dump(mode="json", exclude=left_out) | {split: self.splits[split].model_dump()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -104,7 +114,7 @@ class CacheInfo(Settings):
 
 def encode_dataset(
     dataset: ImageDataset | ImageStream,
-    representation: KLAutoencoder,
+    representation: KLAutoencoder | Tokenizer,
     out: str | Path,
     split: str = "train",
     *,
@@ -152,6 +162,7 @@ def encode_dataset(
                 width // representation.stride,
             ),
             "class_names": dataset.class_names,
+            "stochastic": representation.stochastic,
             "autoencoder": representation.digest,
             "precision": representation.precision,
             "tiling": representation.tiling,
@@ -219,7 +230,7 @@ def _is_whole(out: Path, info: CacheInfo, split: str, shard: int) -> bool:
 
 def _encode_shards(
     dataset: ImageDataset,
-    representation: KLAutoencoder,
+    representation: KLAutoencoder | Tokenizer,
     out: Path,
     info: CacheInfo,
     split: str,
@@ -239,8 +250,7 @@ def _encode_shards(
         task = bar.add_task(title, total=total, speed="")
         for shard in shards:
             rows = info.rows(split, shard)
-            channels, height, width = info.latent_shape
-            shape = (len(rows), 2 * channels, height, width)
+            shape = (len(rows), *info.moments_shape)
             tensors = {name: torch.empty(shape, dtype=DTYPES[info.dtype]) for name in ("moments", "moments_flipped")}
             tensors["labels"] = torch.full((len(rows),), -1)
             filled = 0
@@ -249,7 +259,8 @@ def _encode_shards(
                 images = batch.images.to(representation.device, non_blocking=True)
                 some = slice(filled, filled + len(images))
                 for name, side in (("moments", images), ("moments_flipped", images.flip(-1))):
-                    moments = torch.cat(representation.posterior(side), dim=1).to(DTYPES[info.dtype])
+                    parts = [part for part in representation.posterior(side) if part is not None]
+                    moments = torch.cat(parts, dim=1).to(DTYPES[info.dtype])
                     if not moments.isfinite().all():
                         raise MezzotintError(
                             f"the moments of the {split} images {rows[some][0]} to {rows[some][-1]} are not finite "
@@ -302,8 +313,8 @@ class Shard:
     @classmethod
     def read(cls, path: Path, info: CacheInfo, split: str, shard: int) -> Shard:
         """The shard at `path`. Raises `DamagedShard`, or `MezzotintError` where it belongs to another cache."""
-        count, (channels, height, width) = len(info.rows(split, shard)), info.latent_shape
-        moments = (SAFETENSORS_DTYPES[info.dtype], [count, 2 * channels, height, width])
+        count = len(info.rows(split, shard))
+        moments = (SAFETENSORS_DTYPES[info.dtype], [count, *info.moments_shape])
         expected = {"moments": moments, "moments_flipped": moments, "labels": ("I64", [count])}
         try:
             with open(path, "rb") as file:
@@ -338,11 +349,9 @@ class CachedLatents:
     are in memory, and faster than one of files that are not (benchmarks/loading.py); and nothing is held open.
     """
 
-    #: as a `Representation`: `encode` draws from a posterior
-    stochastic = True
-
     def __init__(self, folder: Path, info: CacheInfo, split: str, shards: Sequence[Shard], labels: bool, flip: bool):
         self.folder, self.info, self.split, self.shards, self.flip = folder, info, split, tuple(shards), flip
+        self.stochastic = info.stochastic  # as a `Representation`: whether `encode` draws from a posterior
         self.class_names = info.class_names if labels else ()
         self.labels = torch.cat([shard.labels for shard in shards])
         if not labels:
@@ -379,8 +388,7 @@ class CachedLatents:
         In the cache's dtype. Raises `MezzotintError` where a file cannot be read any more.
         """
         names = ("moments", "moments_flipped") if self.flip else ("moments",)
-        channels, height, width = self.info.latent_shape
-        shape = (len(indices), len(names), 2 * channels, height, width)
+        shape = (len(indices), len(names), *self.info.moments_shape)
         moments = torch.empty(shape, dtype=DTYPES[self.info.dtype])
         rows = moments.view(torch.uint8).view(len(indices), len(names), -1).numpy()
         size, wanted = rows.shape[-1], indices.tolist()
@@ -411,6 +419,8 @@ class CachedLatents:
 
     def encode(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
         """Moments (B, 2C, h, w) of any dtype to x float32 (B, C, h, w), as `KLAutoencoder.encode` does from images."""
+        if not self.stochastic:
+            return moments.float()
         mean, log_variance = moments.float().chunk(2, dim=1)
         return scaled_latents(mean, log_variance, eps, scale=self.info.scale, shift=self.info.shift)
 

@@ -194,7 +194,9 @@ def sampling_evaluations(recipe: Recipe) -> dict[str, int | None]:
 
     An SDE costs the same with any diffusion. None: the solver decides (ode-dopri5, whose steps are those it reports).
     """
+    latent = "objective.residual_weight=0", "backbone={input: latent, output: latent}"
     small = "backbone={name: dit, patch_size: 1, width: 4, depth: 1, heads: 1, num_classes: 0}"
-    denoiser = build_denoiser(override_recipe(recipe, [small]))  # they depend on its interpolant and target alone
+    # They depend on its interpolant and target alone.
+    denoiser = build_denoiser(override_recipe(recipe, [*latent, small]))
     settings = recipe.sampling.model_dump()
     return {name: Sampler.parse(settings | {"sampler": name}).evaluations(denoiser) for name in SAMPLERS}

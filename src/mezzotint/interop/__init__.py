@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from mezzotint import pipeline
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import save_tensors
+from mezzotint.files import new_folder, save_tensors
 from mezzotint.interop import diffusers, hub, mdm, official
 from mezzotint.interop.checkpoint import (
     Checkpoint,
@@ -28,6 +25,7 @@ from mezzotint.interop.checkpoint import (
 )
 from mezzotint.pipeline import Pipeline, build_denoiser, read_tensors
 from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.representations.tokenizer import OWN_FOLDER, TOKENIZERS
 
 __all__ = ["Checkpoint", "convert", "load", "read_checkpoint"]
 
@@ -128,7 +126,7 @@ def convert(
     if to == "official":
         official.write_official(checkpoint, out)
         return out
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         if to == "diffusers":
             diffusers.write_folder(checkpoint, folder, vae)
         else:
@@ -139,6 +137,8 @@ def convert(
                 "prompts": json.dumps(checkpoint.prompts),
             }
             save_tensors(checkpoint.tensors, folder / "model.safetensors", header)
+            if checkpoint.recipe.representation.name in TOKENIZERS and (path := checkpoint.recipe.representation.path):
+                shutil.copytree(path, folder / OWN_FOLDER)
     return out
 
 
@@ -238,29 +238,3 @@ def _refuse_other_networks(checkpoint: Checkpoint, to: Format) -> None:
             f"{checkpoint.source} is {kind}, and the format {to!r} is for DiT and SiT with classes or without; convert "
             "to a run folder"
         )
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to fill; becomes `out` on success, and is removed on failure.
-
-    Raises `MezzotintError` where the disk is full, read-only or not ours to write.
-    """
-    place = out.resolve()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        if place.is_dir():  # empty, or it would have been refused
-            place.rmdir()
-        os.replace(temporary, place)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise MezzotintError(f"cannot write {out}: {reason}; free some space or choose another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

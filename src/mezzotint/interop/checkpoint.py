@@ -152,7 +152,8 @@ def fit(recipe: Recipe, tensors: Mapping[str, Tensor], source: str, stored: Reci
     network must be the recipe's but for what it reads of labels or captions. Raises `MezzotintError` as `Network.fit`.
     """
     given = recipe.backbone
-    if stored is None and given.name == "dit" and not given.outer:
+    plain = given.name == "dit" and not given.outer and (given.input, given.output) == ("latent", "latent")
+    if stored is None and plain:
         return Network.of(tensors, source).fit(recipe, source)
     if stored is None:
         num_classes, text_features = conditions(tensors)
@@ -231,6 +232,7 @@ def network_sizes(recipe: Recipe) -> dict[str, Any]:
         own = _resolved(level.model_dump(), sizes.get("time_width", 4 * level.channels[0]))
         sizes |= {f"outer[{i}].{key}": value for key, value in own.items()}
     sizes = {f"backbone.{key}": value for key, value in sizes.items() if key.rpartition(".")[2] not in NO_SIZES}
+    sizes |= {f"backbone.{side}": getattr(backbone, side) for side in ("input", "output")}
     return sizes | {"channels": recipe.latent_shape[0]}
 
 
@@ -251,7 +253,8 @@ def network_words(recipe: Recipe) -> dict[str, Any]:
 
 def _conditioning(tensors: Mapping[str, Tensor], width: int) -> str:
     """The design of the blocks, by what the first one has (DiT, section 3.2)."""
-    if (regressed := tensors.get("blocks.0.adaLN_modulation.1.weight")) is not None:
+    layers = [f"blocks.0.adaLN_modulation.{number}.weight" for number in (3, 1)]  # the last one of an MLP first
+    if (regressed := next((tensors[name] for name in layers if name in tensors), None)) is not None:
         return "adaln" if len(regressed) == 4 * width else "adaln-zero"
     return "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
 

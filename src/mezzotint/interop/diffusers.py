@@ -338,6 +338,8 @@ def _refuse_other_networks(recipe: Recipe, network: Network) -> None:
         )
     if backbone.conditioning != "adaln-zero":
         raise _inexpressible(f"backbone.conditioning {backbone.conditioning}", "it has adaln-zero")
+    if backbone.adaln_ratio is not None:
+        raise _inexpressible(f"backbone.adaln_ratio {backbone.adaln_ratio:g}", "its conditioning layers are single")
     if network.hidden != 4 * network.width:
         raise _inexpressible(f"backbone.mlp_ratio {backbone.mlp_ratio:g}", "its ratio is 4")
     if network.num_classes > NULL_CLASS:

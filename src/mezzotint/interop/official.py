@@ -29,7 +29,14 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 # The words that the official codes know, for a network that they can sample.
-_NETWORK = {"backbone.conditioning": ("adaln-zero",), "backbone.freq_shift": (0,), "interpolant.snr_divisor": (1.0,)}
+_NETWORK: dict[str, tuple[object, ...]] = {
+    "backbone.conditioning": ("adaln-zero",),
+    "backbone.freq_shift": (0,),
+    "backbone.adaln_ratio": (None,),
+    "backbone.input": ("latent",),
+    "backbone.output": ("latent",),
+    "interpolant.snr_divisor": (1.0,),
+}
 KNOWN: dict[str, dict[str, tuple[object, ...]]] = {
     "DiT": {
         **_NETWORK,

@@ -11,14 +11,20 @@ from mezzotint.errors import MezzotintError
 from mezzotint.representations.kl import KLAutoencoder, scaled_latents
 from mezzotint.representations.pixels import Pixels
 from mezzotint.representations.pyramid import Encoder, Pyramid, PyramidEncoder
+from mezzotint.representations.tokenizer import TOKENIZERS, FitSettings, PatchPCA, Tokenizer, open_tokenizer
 
 __all__ = [
+    "TOKENIZERS",
     "Encoder",
+    "FitSettings",
     "KLAutoencoder",
+    "PatchPCA",
     "Pixels",
     "Pyramid",
     "PyramidEncoder",
     "Representation",
+    "Tokenizer",
+    "open_tokenizer",
     "representation",
     "scaled_latents",
 ]
@@ -38,12 +44,20 @@ class Representation(Protocol):
 def representation(
     name: str, *, path: str | None = None, device: torch.device | str = "cpu", **settings: Any
 ) -> Representation:
-    """The representation `name`, pixels or kl, on `device`; `settings` are those of `KLAutoencoder`.
+    """The representation `name`, pixels, kl or one of `TOKENIZERS`, on `device`; `settings` are `KLAutoencoder`'s.
 
-    Raises `MezzotintError` for a kl without a path, and as `KLAutoencoder` does.
+    Raises `MezzotintError` for a kl or a tokenizer without a path, and as `KLAutoencoder` and `open_tokenizer` do.
     """
     if name == "pixels":
         return Pixels()
+    if name in TOKENIZERS:
+        if path is None:
+            raise MezzotintError(
+                f"the representation {name} is not fitted yet; run 'mezzotint fit-tokenizer' and set "
+                "representation.path to the folder that it writes"
+            )
+        wanted = {key: settings.get(key) for key in ("stride", "channels")}
+        return open_tokenizer(path, name=name, device=device, **wanted)
     if path is None:
         raise MezzotintError("representation.path must name the autoencoder's folder or hub model")
     return KLAutoencoder(path, device=device, **settings)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,19 @@ from mezzotint.errors import MezzotintError
 from mezzotint.files import write_text
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
-from mezzotint.pipeline import Pipeline, build, captioner, sample, save_weights
+from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
-from mezzotint.representations import Encoder, PyramidEncoder
+from mezzotint.representations import TOKENIZERS, Encoder, PatchPCA, PyramidEncoder
+from mezzotint.representations.image_space import FullBasisEncoder
+from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
 from mezzotint.training.parallel import World, world
-from mezzotint.weightings import time_distribution, training_range, weighting
+from mezzotint.training.tokenizers import check_latents, own_tokenizer
+from mezzotint.weightings import TimeDistribution, single_level, time_distribution, training_range, weighting
 
 logger = logging.getLogger("mezzotint")
 
@@ -65,10 +68,10 @@ def train(
     """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
 
     The folder gets recipe.yaml (resolved), model.safetensors (the first EMA; further decays as model-ema-<decay>),
-    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, and adapter/ with LoRA. With `resume`,
-    training goes on from the newest whole checkpoint and ends with the very weights of an uninterrupted run. Started by
-    torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM saves a checkpoint and raises
-    `KeyboardInterrupt`.
+    state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, adapter/ with LoRA, and tokenizer/, which is
+    copied or fitted first. With `resume`, training goes on from the newest whole checkpoint and ends with the very
+    weights of an uninterrupted run. Started by torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM
+    saves a checkpoint and raises `KeyboardInterrupt`.
 
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
     """
@@ -108,20 +111,29 @@ def train(
             pipeline.prompts = example_captions(train_set)
         denoiser = pipeline.denoiser.train()
         trained = choose_trainable(denoiser.backbone, settings, recipe.seed)
-        # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
-        encoder = encoder_of(train_set, pipeline)
+        if settings.sample_every:
+            check_sampling(pipeline)
         mirror = train_set.mirror if isinstance(train_set, CachedLatents) else flip
         ema = EMA(denoiser, settings.ema, warmup=settings.ema_warmup)
         averaged = Pipeline(recipe, ema.modules[0] if ema.modules else denoiser, pipeline.class_names, pipeline.prompts)
         if reader is not None:
             averaged.captioner = reader
-        if not isinstance(train_set, CachedLatents) or settings.sample_every:
-            averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
         backbone = denoiser.backbone
         if settings.compile:
             backbone.compile()
         null = pipeline.no_caption if text else None
         objectives = [make_objective(recipe, denoiser, stage.levels, null) for stage in plan]
+        if recipe.representation.name in TOKENIZERS:
+            pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet)
+            check_latents(train_set, pipeline.recipe)
+        # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
+        encoder = encoder_of(train_set, pipeline)
+        if not isinstance(train_set, CachedLatents) or settings.sample_every:
+            averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
+        if denoiser.space is not None:
+            averaged.representation = pipeline.representation
+            pipeline.connect()
+            averaged.connect()
         optimizer = torch.optim.AdamW(
             parameter_groups(backbone, settings),
             lr=settings.lr,
@@ -253,23 +265,29 @@ def make_objective(
         times = "uniform" if path.num_steps is None else "discrete"
     if denoiser.learned_variance and times != "discrete":
         raise MezzotintError(f"a learned variance trains on whole steps: objective.times must be discrete, not {times}")
-    return Objective(
-        denoiser,
-        weighting=weights,
-        times=time_distribution(
+    distribution: TimeDistribution
+    if times == "single":
+        distribution = single_level(path, settings.noise_level)
+    else:
+        distribution = time_distribution(
             times,
             t_min=t_min,
             t_max=t_max,
             num_steps=path.num_steps,
             mean=settings.time_mean,
             std=settings.time_std,
-        ),
+        )
+    return Objective(
+        denoiser,
+        weighting=weights,
+        times=distribution,
         condition_dropout=settings.condition_dropout,
         null=null,
         level_weights=(settings.level_weights or (1.0,) * len(denoiser.level_shapes))[:levels],
         level_shares=settings.level_shares[:levels] if levels is None else (),
         stratified=settings.stratified,
         vlb_weight=settings.vlb_weight,
+        residual_weight=settings.residual_weight,
     )
 
 
@@ -282,7 +300,7 @@ def check_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
             problem = f"{run} already holds a run; continue it with --resume, or choose another --out"
         elif written.exists():
             problem = _differences(load_recipe(run), recipe, run)
-        elif run.is_dir() and any(run.iterdir()):
+        elif run.is_dir() and any(OWN_FOLDER not in path.name for path in run.iterdir()):  # killed just after fitting
             problem = f"{run} is not empty and not a run folder; choose another --out"
     if here.any(bool(problem)):
         raise MezzotintError(problem or f"{run} cannot be used; see the first process's message")
@@ -299,6 +317,8 @@ def _differences(old: Recipe, new: Recipe, run: Path) -> str:
                 "sampling": True,
                 "guidance": True,
                 "description": True,
+                # a run keeps a tokenizer of its own, wherever it was taken from
+                **({"representation": {"path"}} if recipe.representation.name in TOKENIZERS else {}),
             }
         )
 
@@ -334,7 +354,13 @@ def to_device(
 
 
 def encoder_of(dataset: ImageDataset | ImageStream, pipeline: Pipeline) -> Encoder:
-    """What makes x of the data set's batches."""
+    """What makes x of the data set's batches, of the original image all components (`FullBasisEncoder`)."""
+    if pipeline.recipe.objective.residual_weight:
+        if isinstance(dataset, CachedLatents):
+            raise MezzotintError(
+                "objective.residual_weight is on what latents leave out, which cached ones do not have; train on images"
+            )
+        return FullBasisEncoder(cast(PatchPCA, pipeline.representation))
     if not isinstance(dataset, CachedLatents):
         return pipeline.representation
     shapes = pipeline.denoiser.level_shapes
