@@ -443,7 +443,9 @@ def probe(
     augment: Annotated[
         bool, typer.Option("--augment", help="linear: crop and flip at random; a forward pass an epoch, nothing kept.")
     ] = False,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the images' noise, of the probes' weights and of the order of images.")
+    ] = 0,
     batch_size: BatchSize = 256,
     weights: Weights = "model",
     precision: Precision = "fp32",
@@ -503,6 +505,8 @@ def probe(
     )
     if random:
         result["model"] += ", fresh weights"
+    fitted = f"{result['train_images']:,} images of {result['data']} to fit, {result['test_images']:,} to score"
+    results.print(f"{result['model']}, {result['input']} images; {fitted}", soft_wrap=True)
     for table in probe_tables(result):
         results.print(table)
     out = out or (_run_folder(model) or Path()) / "probe.json"

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -72,8 +74,7 @@ def pooled_features(
     hooks = [layer.module.register_forward_hook(keep(name, layer.tokens)) for name, layer in wanted.items()]
     y = None if null is None else null[torch.zeros(batch, dtype=torch.int64, device=x.device)]
     try:
-        # A compiled network would not see the hooks, nor stop at them.
-        with torch.compiler.set_stance("force_eager"):
+        with _eagerly():
             denoiser(x, t, y, condition=_shared_conditions(denoiser, t, null, batch))
     except _Enough:
         pass
@@ -81,6 +82,12 @@ def pooled_features(
         for hook in hooks:
             hook.remove()
     return {name: found[name] for name in wanted}
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """A compiled network would not see the hooks, nor stop at them."""
+    # Importing torch's compiler just to say so takes seconds; what is compiled has imported it.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def check_time(t: float) -> None:

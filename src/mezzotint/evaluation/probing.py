@@ -301,12 +301,12 @@ def _augmented_probes(
     for step in range(steps):
         features: dict[str, list[Tensor]] = {layer: [] for layer in view.layers}
         labels = []
-        for number in range(parts.each):
+        for _ in range(parts.each):
             batch = next(batches)
             assert batch.labels is not None
             seeds = [mix(protocol.seed, AUGMENTED, step, index) for index in batch.indices.tolist()]
             images = crop_and_flip(to_uint8(batch.images), seeds)
-            generators = [torch.Generator().manual_seed(mix(seed, number)) for seed in seeds]
+            generators = example_generators(mix(protocol.seed, AUGMENTED, step), batch.indices.tolist())
             for layer, found in view.compute(images, view.layers, generators).items():
                 features[layer].append(_checked(found, layer, view))
             labels.append(batch.labels)
@@ -335,7 +335,7 @@ def crop_and_flip(images: Tensor, seeds: Sequence[int]) -> Tensor:
     changed = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator alone
         for image, seed in zip(images, seeds, strict=True):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than the crop
             changed.append(change(image))
     return torch.stack(changed)
 
@@ -358,10 +358,8 @@ def probe_tables(result: Mapping[str, Any]) -> list[Table]:
         five = any("top5" in row for row in rows.values())
         table = Table(
             "layer",
-            *("" if t is None else f"t = {t:g}" for t in times),
-            title=f"{kind}: top-1{' (top-5)' if five else ''}",
-            caption=f"{result['model']}, {result['input']} images; {result['train_images']:,} of {result['data']} to "
-            f"fit, {result['test_images']:,} to score",
+            *("top-1" if t is None else f"t = {t:g}" for t in times),
+            title=f"{kind}, top-1{' (top-5)' if five else ''}",
         )
         for layer in layers:
             cells = (rows[layer, t] for t in times)
