@@ -378,13 +378,13 @@ def test_another_layer_costs_one_more_pass_and_noise_is_an_images_own(
     few, _ = probing._sources(made.recipe.data, 20)
     calls: list[int] = []
     made.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    view = probing._model_view(made, [1], 0.5, True, 0)
+    view = probing.model_view(made, [1], 0.5, True, 0)
     every = probing.features_of(view, train, probing.TRAIN, batch_size=500)["1"]
     some = probing.features_of(view, few, probing.TRAIN, batch_size=7)["1"]
     torch.testing.assert_close(some.features, every.features[few.indices])
     assert torch.equal(some.labels, every.labels[few.indices])
     calls.clear()
-    both = probing.features_of(probing._model_view(made, [], 0.5, True, 0), few, probing.TRAIN)
+    both = probing.features_of(probing.model_view(made, [], 0.5, True, 0), few, probing.TRAIN)
     assert (list(both), calls) == (["1", "2"], [20])
     assert torch.equal(both["1"].features, some.features), "that one was kept"
     held_out = probing.features_of(view, few, probing.TEST, cache=False)["1"]

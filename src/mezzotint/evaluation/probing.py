@@ -103,7 +103,7 @@ def probe(
         raise MezzotintError(f"no probe is named; expected some of {', '.join(PROBES)}")
     protocol = LinearProtocol(epochs, optimizer, seed)
     if isinstance(model, Pipeline):
-        views = [_model_view(model, layers, t, noise, seed) for t in dict.fromkeys(map(float, times or TIMES))]
+        views = [model_view(model, layers, t, noise, seed) for t in dict.fromkeys(map(float, times or TIMES))]
         data, device, name = data or model.recipe.data, model.device, model.recipe.name
     else:
         if layers or times or noise:
@@ -177,8 +177,8 @@ def _sources(settings: DataSettings, count: int | None) -> tuple[DatasetSource, 
 # ---- Features --------------------------------------------------------------------------------------------------------
 
 
-def _model_view(pipeline: Pipeline, layers: Sequence[str | int], t: float, noise: bool, seed: int) -> View:
-    """Raises `MezzotintError` for an unknown layer, and for a time outside of [0, 1]."""
+def model_view(pipeline: Pipeline, layers: Sequence[str | int], t: float, noise: bool = False, seed: int = 0) -> View:
+    """A pipeline's layers, told t. Raises `MezzotintError` for an unknown layer or a time outside of [0, 1]."""
     check_time(t)
     denoiser, space = pipeline.denoiser, pipeline.representation
     null = pipeline.no_caption if denoiser.text else None
