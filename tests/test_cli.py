@@ -185,7 +185,8 @@ def test_sweep_and_its_pictures_in_the_page(mezzotint, trained: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["sample"], ["evaluate"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]]
+    "command",
+    [[], ["train"], ["sample"], ["evaluate"], ["probe"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]],
 )
 def test_help_teaches(mezzotint, command: list[str]) -> None:  # type: ignore[no-untyped-def]
     shown = mezzotint(*command, "--help")
