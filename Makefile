@@ -22,6 +22,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/probe.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -169,7 +169,21 @@ def test_sweep_and_its_pictures_in_the_page(mezzotint: Command, trained: Path, t
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["sample"], ["evaluate"], ["sweep"], ["convert"], ["encode"], ["cost"], ["recipes"]]
+    "words",
+    [
+        [],
+        ["train"],
+        ["sample"],
+        ["evaluate"],
+        ["probe"],
+        ["fit-tokenizer"],
+        ["export-vit"],
+        ["sweep"],
+        ["convert"],
+        ["encode"],
+        ["cost"],
+        ["recipes"],
+    ],
 )
 def test_help_teaches(mezzotint: Command, words: list[str]) -> None:
     shown = mezzotint(*words, "--help")

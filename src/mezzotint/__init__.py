@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from mezzotint.denoiser import Prediction as Prediction
     from mezzotint.encoding import encode as encode
     from mezzotint.errors import MezzotintError as MezzotintError
+    from mezzotint.evaluation.probing import probe as probe
     from mezzotint.evaluation.scores import evaluate as evaluate
+    from mezzotint.features import pooled_features as pooled_features
     from mezzotint.guidance import ConditionalModel as ConditionalModel
     from mezzotint.guidance import Guidance as Guidance
     from mezzotint.images import save_grid as save_grid
@@ -48,6 +50,8 @@ _HOMES = {
     "load": "interop",
     "load_recipe": "recipe",
     "log_likelihood": "samplers.likelihood",
+    "pooled_features": "features",
+    "probe": "evaluation.probing",
     "recipe_names": "recipe",
     "sample": "pipeline",
     "save_grid": "images",

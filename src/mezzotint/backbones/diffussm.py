@@ -13,6 +13,7 @@ from mezzotint.backbones.dit import FinalLayer
 from mezzotint.backbones.layers import (
     NORM_EPS,
     CrossAttention,
+    Layer,
     TimestepEmbedding,
     add_features,
     as_features,
@@ -154,6 +155,11 @@ class DiffuSSM(nn.Module):
     def ssm_parameters(self) -> Iterator[nn.Parameter]:
         """Δ, A, C and D of all state-space layers: they have a learning rate of their own, and never decay."""
         return (parameter for module in self.modules() if isinstance(module, S4D) for parameter in module.parameters())
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The blocks, "1" to their number, in order of execution; captions stand before the image's groups."""
+        return {str(k): Layer(block, slice(-self.pos_embed.shape[1], None)) for k, block in enumerate(self.blocks, 1)}
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None

@@ -13,6 +13,7 @@ from mezzotint.backbones.layers import (
     NORM_EPS,
     Block,
     CrossAttention,
+    Layer,
     TimestepEmbedding,
     TransformerBlock,
     add_features,
@@ -119,6 +120,11 @@ class DiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif parameter.dim() > 1:  # all but the LayerNorms, which start as torch leaves them
                 nn.init.xavier_uniform_(parameter.flatten(1))  # the patch projection counts as the linear layer it is
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The blocks, "1" to their number, in order of execution."""
+        return {str(k): Layer(block, slice(self.pos_embed.shape[1])) for k, block in enumerate(self.blocks, 1)}
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,17 @@ from mezzotint.errors import MezzotintError
 NORM_EPS = 1e-6
 MAX_PERIOD = 10_000.0
 TIME_FREQUENCIES = 128
+
+
+class Layer(NamedTuple):
+    """A named place in a network: what `module` gives are features, and it runs once in a forward pass.
+
+    They are tokens (B, T, C), or maps (B, C, H, W), of F frames (B·F, C, H, W).
+    """
+
+    module: nn.Module
+    tokens: slice = slice(None)
+    """Which of the tokens are the image's; others are a condition's."""
 
 
 def _angles(position: Tensor, count: int, freq_shift: int = 0) -> Tensor:

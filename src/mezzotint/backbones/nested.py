@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from mezzotint.backbones.layers import Layer
 from mezzotint.backbones.unet import ConditionEmbedding, EmbeddedCondition, Trunk, UNet, zero_
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -179,6 +180,12 @@ class NestedUNet(Trunk):
         if isinstance(y, EmbeddedCondition):
             return y
         return cast(Any, self.inner).embed_condition(y) if self.y_embedder is None else self.y_embedder(y)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The steps of this level's way down, the inner network's layers as "inner.NAME", and those of the way up."""
+        inner = {f"inner.{name}": layer for name, layer in cast(Any, self.inner).layers.items()}
+        return self.down_layers | inner | self.up_layers
 
     def _told(self, scale: Tensor | None) -> dict[str, Tensor | None]:
         """Only UNets know of the scale of images."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import Attention, LabelEmbedding, TimestepEmbedding, checked_heads, sinusoids
+from mezzotint.backbones.layers import Attention, LabelEmbedding, Layer, TimestepEmbedding, checked_heads, sinusoids
 from mezzotint.backbones.text import condition_embedding, embedded, pooled
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -135,6 +135,16 @@ class Trunk(nn.Module):
         for block in self.up_blocks:
             x = block(x, embedding, condition, skips)[-1]
         return x
+
+    @property
+    def down_layers(self) -> dict[str, Layer]:
+        """ "down.LEVEL.STEP" from 1, the full resolution first; a step is a ResNet block and its attention layers."""
+        return _steps("down", dict(enumerate(self.down_blocks, 1)))
+
+    @property
+    def up_layers(self) -> dict[str, Layer]:
+        """ "up.LEVEL.STEP", the full resolution, level 1, last."""
+        return _steps("up", dict(zip(range(len(self.up_blocks), 0, -1), self.up_blocks, strict=True)))
 
     def output(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -263,6 +273,14 @@ class UNet(Trunk):
         """What the network makes of `y`, whatever the input and time. Raises MezzotintError as `forward` does."""
         return y if isinstance(y, EmbeddedCondition) else self.y_embedder(y)
 
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The steps of `down_layers`, "middle.1", "middle.2" where there is a middle, and `up_layers`, as they run."""
+        middle = {
+            f"middle.{k}": Layer(cast(Level, block).last_of_steps()[0]) for k, block in enumerate(self.mid_blocks, 1)
+        }
+        return self.down_layers | middle | self.up_layers
+
 
 class ConditionEmbedding(nn.Module):
     """Labels or captions → a vector for the embedding of time, and captions → tokens for cross-attention.
@@ -329,6 +347,12 @@ class Level(nn.Module):
         if self.resample is not None:
             outputs.append(self.resample(x))
         return outputs
+
+    def last_of_steps(self) -> list[nn.Module]:
+        """The module whose output is that of a step, for each step."""
+        each, frames_each = len(self.attn) // len(self.resnets), len(self.temporal) // len(self.resnets)
+        layers, count = (self.temporal, frames_each) if frames_each else (self.attn, each)
+        return [layers[(i + 1) * count - 1] if count else resnet for i, resnet in enumerate(self.resnets)]
 
 
 class ResNet(nn.Module):
@@ -414,6 +438,15 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0))
+
+
+def _steps(name: str, levels: Mapping[int, nn.Module]) -> dict[str, Layer]:
+    """The steps of all levels, by name."""
+    return {
+        f"{name}.{number}.{step}": Layer(module)
+        for number, level in levels.items()
+        for step, module in enumerate(cast(Level, level).last_of_steps(), 1)
+    }
 
 
 def group_norm(width: int, groups: int) -> nn.GroupNorm:

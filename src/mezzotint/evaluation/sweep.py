@@ -116,7 +116,7 @@ def sweep(
     if count < 2:
         raise MezzotintError(f"a Fréchet distance needs at least 2 samples, got a count of {count}")
     if plots:
-        _figure_class()
+        figure_class()
     reference = pipeline.recipe.data if reference is None else reference
     settings = data_settings(reference)
     network = choose_network(features, weights, settings, pipeline)
@@ -369,12 +369,13 @@ def _picture_paths(out: Path, figure: str) -> tuple[Path, Path]:
     return out / f"sweep-{name}.png", out / f"sweep-{name}-guidance.png"
 
 
-def _figure_class() -> Any:
+def figure_class(what: str = "the pictures of a sweep") -> Any:
+    """matplotlib's Figure; raises `MezzotintError` without matplotlib, naming what needs it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MezzotintError(
-            "the pictures of a sweep need the package matplotlib; install it with: pip install 'mezzotint[eval]'"
+            f"{what} need the package matplotlib; install it with: pip install 'mezzotint[eval]'"
         ) from None
     return Figure
 
@@ -392,7 +393,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], out: str | Path, title: str = 
     precision and recall against the scale, each line at its largest number of steps. Raises `MezzotintError` without
     matplotlib.
     """
-    _figure_class()
+    figure_class()
     figure = frechet_name(name for row in rows for name in row)
     rows = [row for row in rows if figure in row]
     if figure is None or not rows:
@@ -445,7 +446,7 @@ def _draw(panels: Sequence[_Panel], x: str, path: Path, title: str) -> None:
     """x: evaluations, of one figure in all panels, or guidance."""
     columns = min(len(panels), COLUMNS)
     height = -(-len(panels) // columns)
-    picture = _figure_class()(figsize=(max(5.6, 3.4 * columns), 3.2 * height + 1.2), layout="constrained", dpi=120)
+    picture = figure_class()(figsize=(max(5.6, 3.4 * columns), 3.2 * height + 1.2), layout="constrained", dpi=120)
     shared = x == "evaluations"
     every = picture.subplots(height, columns, sharey=shared, squeeze=False).flatten()
     handles: dict[str, Any] = {}
