@@ -95,9 +95,8 @@ def test_patches_are_cut_in_reading_order(train_images: Tensor, train_patches: T
 def test_pca_is_scikit_learns(pca: PatchPCA, train_patches: Tensor) -> None:
     expected = PCA().fit(train_patches.numpy())
     torch.testing.assert_close(pca.mean.double(), torch.from_numpy(expected.mean_), rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        pca.variances.double(), torch.from_numpy(expected.explained_variance_), rtol=1e-6, atol=0
-    )
+    variances = torch.from_numpy(expected.explained_variance_)
+    torch.testing.assert_close(pca.variances.double(), variances, rtol=0, atol=2e-7 * variances[0].item())
     cosines = (pca.basis.double() * torch.from_numpy(expected.components_)).sum(1)
     torch.testing.assert_close(cosines.abs(), torch.ones(DIM).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(pca.basis @ pca.basis.T, torch.eye(DIM), rtol=0, atol=1e-6)
@@ -111,7 +110,7 @@ def test_latents_are_scikit_learns_up_to_one_scale(pca: PatchPCA, train_images: 
     x = pca.encode(train_images)
     assert x.shape == (898, KEPT, 2, 2)
     rows = x.movedim(1, -1).flatten(0, 2).double()
-    torch.testing.assert_close(rows.abs(), (z / scale).abs(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.abs(), (z / scale).abs(), rtol=0, atol=1e-4)
     assert rows.var(0).mean().item() == pytest.approx(1, abs=1e-5), "unit variance on average"
     ratios = pca.variances[:KEPT] / pca.variances[0]
     torch.testing.assert_close(rows.var(0) / rows[:, 0].var(), ratios.double(), rtol=1e-5, atol=0)
@@ -199,7 +198,7 @@ def test_mirror_images_count_where_training_flips(tiny: Recipe, tmp_path: Path, 
     both = torch.cat([train_images, train_images.flip(-1)])
     expected = PCA().fit(patches(both, P).double().numpy()).explained_variance_
     found = load_file(tmp_path / "flip" / "tokenizer.safetensors")["variances"]
-    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=0, atol=2e-7 * expected[0])
 
 
 # ------------------------------------------------------------------------------------------------- trained tokenizers

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 
-#: rows that are taken at once, and columns of the scatter matrix: small enough to stay in the processor's cache
-ROWS, COLUMNS = 2048, 192
+#: rows that are taken at once, and columns of the scatter matrix: few enough that copies are small
+ROWS, COLUMNS = 8192, 192
 
 
 class Moments:
-    """Mean and covariance of vectors that come a block at a time, accumulated in float64.
+    """Mean and covariance of vectors that come a block at a time, in the memory of the covariance alone.
 
-    The memory is that of the covariance, whatever the number of vectors.
+    A block's products are made in the vectors' precision and added up in float64: of float32 vectors, variances come
+    out to about 10⁻⁷ of the largest, in half of float64's time.
     """
 
     def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
@@ -27,13 +28,14 @@ class Moments:
     def update(self, vectors: Tensor) -> None:
         """Take the vectors (n, D) in."""
         if self._origin is None:  # near the mean, so that no digits are lost when it is subtracted in the end
-            self._origin = vectors[:ROWS].to(self._sum).mean(0)
+            self._origin = vectors[:ROWS].mean(0).to(self._sum)
+        origin = self._origin.to(vectors.dtype)
         for block in vectors.split(ROWS):
-            rows = block.to(self._sum) - self._origin
-            self._sum += rows.sum(0)
+            rows = block - origin
+            self._sum += rows.sum(0, dtype=self._sum.dtype)
             for first in range(0, rows.shape[1], COLUMNS):  # the rest follows from symmetry
                 here = slice(first, first + COLUMNS)
-                self._scatter[first:, here].addmm_(rows[:, first:].T, rows[:, here])
+                self._scatter[first:, here] += rows[:, first:].T @ rows[:, here]
         self.count += len(vectors)
 
     @property
