@@ -749,7 +749,7 @@ def print_scores(scores: dict[str, Any]) -> None:
             score = f"; CLIP score {found['CLIP score']:.2f}" if "CLIP score" in found else ""
             results.print(
                 f"caption agreement, {found['captions']} {what} captions: {found['caption agreement']:.1%} "
-                f"(nearer to its own image than to 9 others; chance 10.0%){score}"
+                f"(nearer to its own image than to 9 random others; chance 10.0%){score}"
             )
     if "bits_per_dim" in scores:
         bits = f"{scores['bits_per_dim']:.3f} ± {scores['bits_per_dim_error']:.3f}"

@@ -14,15 +14,16 @@ from mezzotint.evaluation.clip_score import clip_score
 from mezzotint.evaluation.features import FeatureNetwork
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, sample_batches
-from mezzotint.randomness import generator_for
 
 OTHERS = 9
 
 
-def caption_agreement(samples: Tensor, images: Tensor, generator: torch.Generator, others: int = OTHERS) -> Tensor:
-    """Whether sample i is nearer to image i than to each of `others` other images, of features (N, D) each: bool (N,).
+def caption_agreement(samples: Tensor, images: Tensor, others: int = OTHERS) -> Tensor:
+    """How likely sample i is nearer to image i than to each of `others` other images, drawn without replacement.
 
-    Which others is random; by chance a share of 1 / (others + 1) is. Raises `MezzotintError` for too few images.
+    Of features (N, D) each; float64 (N,). Of N − 1 images, n of which are at least as near as its own, that is
+    Π_k (N − 1 − n − k) / (N − 1 − k) over k < others. By chance the mean is 1 / (others + 1). Raises `MezzotintError`
+    for too few images.
     """
     count = len(images)
     if samples.shape != images.shape:
@@ -32,10 +33,9 @@ def caption_agreement(samples: Tensor, images: Tensor, generator: torch.Generato
             f"{others} other images are needed beside each caption's own, and there are {count} in all"
         )
     distances = torch.cdist(samples.double(), images.double())
-    own = distances.diagonal()
-    # Columns in random order, its own moved out of reach: the first ones are the others.
-    order = torch.rand(count, count, generator=generator).fill_diagonal_(2.0).argsort(dim=1)[:, :others]
-    return (own.unsqueeze(1) < distances.gather(1, order.to(distances.device))).all(dim=1)
+    nearer = (distances <= distances.diagonal().unsqueeze(1)).sum(1) - 1  # without the own image
+    left = count - 1 - torch.arange(others, device=distances.device)
+    return ((left - nearer.unsqueeze(1)).clamp(min=0).double() / left).prod(1)
 
 
 def score_captions(
@@ -52,8 +52,9 @@ def score_captions(
 ) -> dict[str, Any]:
     """Draw a sample for each of up to `count` captions of the data set, and compare it with that caption's image.
 
-    Returns {"captions": their number, "caption agreement": see `caption_agreement`, "CLIP score": of clip's features}.
-    guidance, seed and options are those of `sample`. Raises `MezzotintError` for a model or data without captions.
+    Returns {"captions": their number, "caption agreement": the mean of `caption_agreement`, "CLIP score": of clip's
+    features}. guidance, seed and options are those of `sample`. Raises `MezzotintError` for a model or data without
+    captions.
     """
     if not pipeline.denoiser.text:
         raise MezzotintError("this model is not asked by captions; leave the score of captions out")
@@ -74,8 +75,10 @@ def score_captions(
         **options,
     )
     samples = torch.cat([network(to_uint8(images))["features"] for images in drawn])
-    right = caption_agreement(samples, images, generator_for(seed, 0))
-    scores: dict[str, Any] = {"captions": len(captions), "caption agreement": right.double().mean().item()}
+    scores: dict[str, Any] = {
+        "captions": len(captions),
+        "caption agreement": caption_agreement(samples, images).mean().item(),
+    }
     if network.knows_text:
         scores["CLIP score"] = clip_score(samples, network.embed_text(captions))
     return scores
