@@ -111,7 +111,7 @@ def save_denoised(
 def save_noise(
     pipeline: Pipeline, path: str | Path, *, times: Sequence[float] = TIMES, count: int = 8, seed: int = 0
 ) -> None:
-    """Write a PNG: a column for each of `count` images, in rows clean, and for each time noise in pixels, noise in x."""
+    """Write a PNG: a column for each of `count` images, in rows clean, for each time noise in pixels and in x."""
     images = some_images(pipeline, count)
     rows = [images, *(row for t in times for row in compare_noise(pipeline, images, t, seed=seed))]
     save_grid(torch.cat(rows), path, columns=count)
