@@ -33,7 +33,7 @@ from mezzotint.studies.ldae import (
     TRAJECTORY,
     Cell,
     accuracy_of,
-    cells_of,
+    choose_cells,
     estimate,
     jobs_of,
     study,
@@ -109,6 +109,16 @@ def test_labels_are_used_by_the_first_step_alone(data: str) -> None:
     assert [name for name, recipe in recipes.items() if recipe.backbone.num_classes != 0] == ["ldae-00-dit"]
     perceptual = [name for name, recipe in recipes.items() if recipe.representation.fit.perceptual_weight]
     assert perceptual == ["ldae-00-dit", "ldae-01-no-classes"]
+
+
+def test_cells_by_name_and_by_group() -> None:
+    for data in SCALES:
+        names = [cell.name for cell in choose_cells(data)]
+        assert len(set(names)) == len(names) == 14 + 8 + 2
+        assert [cell.name for cell in choose_cells(data, ["trajectory"])] == list(TRAJECTORY)
+        assert len(choose_cells(data, ["dimension"])) == 4 * 3, "with those that the trajectory has"
+        noise = [cell.name for cell in choose_cells(data, ["noise", PCA])]
+        assert noise == [PCA, FINAL, "ldae-single-level", "ldae-single-level-sigma0.2", "ldae-single-level-sigma1"]
 
 
 @pytest.mark.parametrize("data", SCALES)
@@ -337,9 +347,3 @@ def test_perceptual_network_is_fitted_on_training_images(monkeypatch: pytest.Mon
     assert found.tested is not None
     assert found.tested > 0.9
     perceptual._classifier.cache_clear()
-
-
-def test_cells_of_a_study_have_names_of_their_own() -> None:
-    for data in SCALES:
-        names = [cell.name for cell in cells_of(data)]
-        assert len(set(names)) == len(names) == 14 + 8 + 2

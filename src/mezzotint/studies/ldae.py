@@ -55,7 +55,12 @@ TOKENIZER_RECIPES = {
 }
 #: σ / α of single-level models besides the paper's √(1/3)
 NOISE_LEVELS = (0.2, 1.0)
-GROUPS = ("trajectory", "dimension", "noise")
+#: groups of cells, and what belongs to them of the trajectory
+GROUPS: dict[str, tuple[str, ...]] = {
+    "trajectory": TRAJECTORY,
+    "dimension": tuple(TOKENIZER_RECIPES.values()),
+    "noise": (SINGLE, FINAL),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Cell:
     """One thing to train: a recipe, and what it differs in from that recipe at the study's scale."""
 
     recipe: str
-    group: str = GROUPS[0]
+    group: str = "trajectory"
     suffix: str = ""
     overrides: tuple[str, ...] = ()
 
@@ -211,7 +216,7 @@ def scale_of(data: str) -> Scale:
 
 
 def choose_cells(data: str, names: Sequence[str] = ()) -> list[Cell]:
-    """The cells called `names`, by name or by group (trajectory, dimension, noise); none named: all.
+    """The cells called `names`, by name or by one of `GROUPS`; none named: all.
 
     Raises `MezzotintError` for an unknown one.
     """
@@ -220,7 +225,8 @@ def choose_cells(data: str, names: Sequence[str] = ()) -> list[Cell]:
     for name in names:
         if name not in known:
             raise MezzotintError(f"cell {name!r} is unknown; {closest(name, known)}")
-    return [cell for cell in every if not names or cell.name in names or cell.group in names]
+    chosen = {*names, *(recipe for name in names for recipe in GROUPS.get(name, ()))}
+    return [cell for cell in every if not names or cell.name in chosen or cell.group in chosen]
 
 
 def overrides_of(cell: Cell, scale: Scale) -> tuple[str, ...]:
