@@ -178,6 +178,8 @@ def test_sweep_and_its_pictures_in_the_page(mezzotint: Command, trained: Path, t
         ["probe"],
         ["fit-tokenizer"],
         ["export-vit"],
+        ["denoise"],
+        ["study"],
         ["sweep"],
         ["convert"],
         ["encode"],

@@ -548,6 +548,96 @@ def probe(
 
 
 @app.command()
+def denoise(
+    model: ModelArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
+        ),
+    ] = None,
+    t: Annotated[
+        list[float] | None, typer.Option(help="A time in [0, 1]; again for more. Default: 0.1, 0.3 and 0.6.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=MAX_GRID, help="Held-out images, a column each.")] = 8,
+    noise: Annotated[
+        Path | None, typer.Option(help="Also a PNG of noise in pixels and, below it, as much in latents (tokenizers).")
+    ] = None,
+    seed: Seed = 0,
+    weights: Weights = "model",
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write; default: denoised.png in the run folder, else here.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Show held-out images clean and, for each t, noisy and as the network denoises them in one step."""
+    from mezzotint.evaluation.denoising import TIMES, save_denoised, save_noise
+
+    pipeline = open_model(model, overrides or [], weights=weights, device=device, may_change=WITH_DATA)
+    written = [out or (_run_folder(model) or Path()) / "denoised.png"]
+    save_denoised(pipeline, written[0], times=t or TIMES, count=count, seed=seed)
+    if noise is not None:
+        save_noise(pipeline, noise, times=t or TIMES, count=count, seed=seed)
+        written.append(noise)
+    for path in written:
+        results.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="ldae: the trajectory from DiT to l-DAE.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of all its recipes, e.g. training.steps=2000."),
+    ] = None,
+    data: Annotated[str, typer.Option(help="digits or fashion-mnist.")] = "fashion-mnist",
+    seeds: Annotated[str, typer.Option(help="Seeds with commas between; every cell is trained with each.")] = "0,1",
+    cells: Annotated[
+        str, typer.Option(help="Cells by name or group (trajectory, dimension, noise), with commas. Default: all.")
+    ] = "",
+    plan: Annotated[bool, typer.Option("--plan", help="Only measure what each cell would take, and print it.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: runs/study-<study>-<data>.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train and probe all that a paper compares, at a scale for two CPU cores, and print its table beside the paper's.
+
+    The same command goes on after a kill. Two processes, each with a seed of its own, may share a folder.
+    """
+    from mezzotint.evaluation.sweep import figure_class
+    from mezzotint.studies.ldae import estimate, finished, jobs_of
+    from mezzotint.studies.ldae import study as run_study
+    from mezzotint.studies.report import write_report
+
+    if name != "ldae":
+        raise MezzotintError(f"study {name!r} is unknown; known: ldae")
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise MezzotintError(f"--seeds {seeds!r} is not whole numbers with commas between, such as 0,1") from None
+    out = out or Path("runs") / f"study-{name}-{data}"
+    chosen = [cell.strip() for cell in cells.split(",") if cell.strip()]
+    options: dict[str, Any] = {"seeds": numbers, "cells": chosen, "overrides": overrides or []}
+    if plan:
+        found = estimate([job for job in jobs_of(data, out, **options) if finished(job) is None], device=device)
+        table = Table("cell", "tokenizer", "training", "probes", title="seconds, estimated from a few steps")
+        for cell, parts in found.items():
+            table.add_row(cell, *(f"{seconds:.1f}" for seconds in parts.values()))
+        results.print(table)
+        results.print(f"in all {_duration(sum(sum(parts.values()) for parts in found.values()))}")
+        return
+    figure_class("the pictures of a study")
+    try:
+        rows = run_study(data, out, device=device, progress=True, **options)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on")
+        raise typer.Exit(130) from None
+    written = write_report(rows, out, data)
+    typer.echo(written[0].read_text(encoding="utf-8"))
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
 def encode(
     dataset: Annotated[
         str,

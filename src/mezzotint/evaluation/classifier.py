@@ -77,7 +77,7 @@ class ClassifierNetwork:
     net: ConvNet
     class_names: tuple[str, ...] = ()
     tested: float | None = None
-    """Its accuracy on images that fitting did not touch: the generative model's training images."""
+    """Its accuracy on images that fitting did not touch: those of the other split."""
     fitted_on: str = ""
     """The identity of the images that it was fitted on."""
     seed: int = 0
@@ -179,22 +179,24 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def trained_classifier(
-    spec: DataSettings | str, *, seed: int = 0, cache: bool = True, **options: Any
+    spec: DataSettings | str, *, seed: int = 0, cache: bool = True, fit_on: str = "test", **options: Any
 ) -> ClassifierNetwork:
     """The classifier of a labelled data set: fitted on its held-out images, tested on its training images.
 
-    Up to 10,000 of either. spec and options are those of `image_source` for a data set. It is fitted once and kept
-    under `cache_folder`, by the identity of both sets of images, the seed and `VERSION`; of several processes the first
-    one does so. Raises `MezzotintError` where the data have no labels or no held-out images.
+    Up to 10,000 of either. fit_on="train" is the other way round, for what may see training images alone. spec and
+    options are those of `image_source` for a data set. It is fitted once and kept under `cache_folder`, by the identity
+    of both sets of images, the seed and `VERSION`; of several processes the first one does so. Raises `MezzotintError`
+    where the data have no labels or no held-out images.
     """
-    held_out, train = (image_source(spec, split=split, **options) for split in ("test", "train"))
-    if not held_out.class_names:
+    splits = (fit_on, "test" if fit_on == "train" else "train")
+    fitted, other = (image_source(spec, split=split, **options) for split in splits)
+    if not fitted.class_names:
         raise MezzotintError(
-            f"the data set {held_out.identity} has no labels, which a classifier needs; choose other features, such as "
+            f"the data set {fitted.identity} has no labels, which a classifier needs; choose other features, such as "
             "pixels"
         )
-    key = hashlib.sha256(json.dumps([held_out.identity, train.identity, seed, VERSION, MAX_EXAMPLES]).encode())
-    file = cache_folder() / "classifiers" / f"{held_out.identity}-seed-{seed}-{key.hexdigest()[:8]}.safetensors"
+    key = hashlib.sha256(json.dumps([fitted.identity, other.identity, seed, VERSION, MAX_EXAMPLES]).encode())
+    file = cache_folder() / "classifiers" / f"{fitted.identity}-seed-{seed}-{key.hexdigest()[:8]}.safetensors"
 
     def make() -> ClassifierNetwork:
         if cache and file.is_file():
@@ -202,9 +204,9 @@ def trained_classifier(
                 return ClassifierNetwork.load(file)
             except MezzotintError:
                 logger.warning("the cached classifier %s is damaged; fitting it anew", file)
-        images, labels = _some(held_out)
-        network = ClassifierNetwork.fit(images, labels, held_out.class_names, seed=seed)
-        network = replace(network, fitted_on=held_out.identity, tested=network.accuracy(*_some(train)))
+        images, labels = _some(fitted)
+        network = ClassifierNetwork.fit(images, labels, fitted.class_names, seed=seed)
+        network = replace(network, fitted_on=fitted.identity, tested=network.accuracy(*_some(other)))
         if cache:
             network.save(file)
         return network
