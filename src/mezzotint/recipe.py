@@ -771,7 +771,7 @@ def _named_section(key: str, word: str) -> dict[str, Any]:
 
 
 def read_override(text: str) -> dict[str, Any]:
-    """One dotted ``key=value``, the value read as YAML, as a nested mapping. Raises `MezzotintError` for anything else."""
+    """One dotted ``key=value``, the value read as YAML, as a nested mapping; else raises `MezzotintError`."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
         raise MezzotintError(f"override {text!r} is not of the form key=value, e.g. training.steps=1000")

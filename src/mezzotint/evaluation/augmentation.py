@@ -42,7 +42,7 @@ def cropping(size: tuple[int, int], smallest: float = 0.08, flip: bool = True) -
 
 
 def crop_and_flip(images: Tensor, seeds: Sequence[int]) -> Tensor:
-    """torchvision's random resized crop (bicubic, its own scales and ratios) and horizontal flip, uint8 (B, C, H, W)."""
+    """`cropping` of images uint8 (B, C, H, W), with torchvision's own scales and ratios."""
     from torchvision.transforms import v2
 
     height, width = images.shape[-2:]

@@ -72,7 +72,7 @@ class FinetuneSettings(Settings):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
     layer_decay: float = Field(0.65, gt=0, le=1)
-    """What the learning rate is multiplied by from each layer to the one before it (l-DAE: 0.85 for ViT-B; MAE: 0.75)."""
+    """What the learning rate is multiplied by from a layer to the one before it (l-DAE: 0.85 for ViT-B; MAE: 0.75)."""
     drop_path: float | None = Field(None, ge=0, lt=1)
     """Stochastic depth: chance that the last block's branches are left out for an image; linear from 0 at the first.
     None: 0.1 for DiT and DiffuSSM, and none for networks without such blocks."""
@@ -85,13 +85,13 @@ class FinetuneSettings(Settings):
     randaugment: int = Field(2, ge=0)
     """Operations of RandAugment on an image; 0: none."""
     magnitude: int = Field(9, ge=0, le=10)
-    """Their strength, 10 being torchvision's greatest (MAE: 9 of 10, with a deviation of 0.5, which torchvision lacks)."""
+    """Their strength, 10 being torchvision's greatest. (MAE: 9, with a deviation of 0.5, which torchvision lacks.)"""
     crop: float = Field(0.08, gt=0, le=1)
     """Smallest share of an image's area that a random crop has; 1: no crops. Flips are data.flip."""
     erase: float = Field(0.0, ge=0, le=1)
     """Chance of random erasing (MAE's code: 0.25)."""
     ema: float | None = Field(0.9999, gt=0, lt=1)
-    """Decay of the averaged weights, which are scored and kept, capped at (1 + step) / (10 + step). None: none (MAE)."""
+    """Decay of averaged weights, which are scored and kept, capped at (1 + step) / (10 + step). None: none (MAE)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast the network."""
     seed: int = Field(0, ge=0)
@@ -139,7 +139,7 @@ def finetune_classifier(
 ) -> dict[str, Any]:
     """Train the first `layers` layers of a pipeline's network (None: half of them) as a classifier; returns metrics.
 
-    The network sees clean images and is told t in [0, 1]; the pipeline itself is not changed. data: None for what it was
+    The network sees clean images and is told t in [0, 1]; the pipeline is not changed. data: None for what it was
     trained on; count: so many of the training images. Top-1 accuracy on the test split is printed after each epoch and
     never chosen by: the classifier in the new folder `out` is the last one. The folder appears whole or not at all;
     training is not resumed.
@@ -390,7 +390,7 @@ def augmentation(settings: FinetuneSettings, size: int, flip: bool) -> Change:
 
 
 def mixing(settings: FinetuneSettings, num_classes: int) -> Any:
-    """Images (B, C, H, W) and labels (B,) to mixed images and their targets (B, num_classes); None: nothing is mixed."""
+    """Images (B, C, H, W) and labels (B,) to mixed images and targets (B, num_classes); None: nothing is mixed."""
     from torchvision.transforms import v2
 
     kinds: list[Any] = []

@@ -88,8 +88,8 @@ def probe(
     """Train `probes` (linear, knn, ridge) on features of a labelled data set's training images, score its test images.
 
     model: a pipeline, of whose network `layers` are looked at (numbers or names, see `layers_of`; none: all), told each
-    of `times` in [0, 1] (none: 0.01) and no class or caption; or a feature network, which has neither, or a masked autoencoder, which has layers. The network sees
-    clean images, or with `noise` x_t of that time, the noise of an image being always the same. data: None for what the
+    of `times` in [0, 1] (none: 0.01) and no class or caption; a feature network, which has neither; or a masked autoencoder, which has layers. The network
+    sees clean images, or with `noise` x_t of that time, the noise of an image being always the same. data: None for what the
     pipeline was trained on. count: a subset of the training images, always the same. k: neighbours of a k-NN probe;
     epochs, optimizer: see `LinearProtocol`. augment: train linear probes on random crops and flips, drawn anew in each
     epoch, each of which then takes a forward pass over the training images.
@@ -166,7 +166,10 @@ def probe(
 
 
 def labelled_sources(settings: DataSettings, count: int | None) -> tuple[DatasetSource, DatasetSource]:
-    """Training images, all or `count` of them, and test images. Raises `MezzotintError` for data without labels or without held-out images."""
+    """Training images, all or `count` of them, and test images.
+
+    Raises `MezzotintError` for data without labels or without held-out images.
+    """
     train, test = (
         image_source(settings, split=split, count=number) for split, number in (("train", count), ("test", None))
     )
@@ -174,8 +177,8 @@ def labelled_sources(settings: DataSettings, count: int | None) -> tuple[Dataset
     assert isinstance(test, DatasetSource)
     if not train.class_names:
         raise MezzotintError(
-            f"the data set {train.dataset.identity} has no labels, which classifiers are fitted to; set data.labels=true, or "
-            "name a labelled one by data=…"
+            f"the data set {train.dataset.identity} has no labels, which classifiers are fitted to; set "
+            "data.labels=true, or name a labelled one by data=…"
         )
     if train.dataset.identity == test.dataset.identity:
         raise MezzotintError(
