@@ -153,7 +153,8 @@ def finetune_classifier(
         raise MezzotintError("fine-tuning is of images, not of clips; choose a model of images")
     order = list(layers_of(pipeline.denoiser))
     layers = max(1, len(order) // 2) if layers is None else layers
-    names = list(layers_of(pipeline.denoiser, range(1, layers + 1) if layers > 0 else [layers]))
+    layers_of(pipeline.denoiser, [layers])  # raises for too many, or none
+    names = order[:layers]
     train, test = labelled_sources(data or recipe.data, count)
     classes = len(train.class_names)
     device = pipeline.device

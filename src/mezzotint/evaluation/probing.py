@@ -88,11 +88,12 @@ def probe(
     """Train `probes` (linear, knn, ridge) on features of a labelled data set's training images, score its test images.
 
     model: a pipeline, of whose network `layers` are looked at (numbers or names, see `layers_of`; none: all), told each
-    of `times` in [0, 1] (none: 0.01) and no class or caption; a feature network, which has neither; or a masked autoencoder, which has layers. The network
-    sees clean images, or with `noise` x_t of that time, the noise of an image being always the same. data: None for what the
-    pipeline was trained on. count: a subset of the training images, always the same. k: neighbours of a k-NN probe;
-    epochs, optimizer: see `LinearProtocol`. augment: train linear probes on random crops and flips, drawn anew in each
-    epoch, each of which then takes a forward pass over the training images.
+    of `times` in [0, 1] (none: 0.01) and no class or caption; a feature network, which has neither; or a masked
+    autoencoder, which has layers. The network sees clean images, or with `noise` x_t of that time, the noise of an
+    image being always the same. data: None for what the pipeline was trained on. count: a subset of the training
+    images, always the same. k: neighbours of a k-NN probe; epochs, optimizer: see `LinearProtocol`. augment: train
+    linear probes on random crops and flips, drawn anew in each epoch, each of which then takes a forward pass over the
+    training images.
 
     Features, but for augmented ones, are kept under `cache_folder` by what they are a function of. Returns {"model",
     "data", …, "rows": [{"layer", "t", "probe", "top1", "top5"?, "ridge"?}, …]}, accuracies in [0, 1], top5 with more
