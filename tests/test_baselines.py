@@ -25,7 +25,9 @@ MAE_RECIPE = (*WORDS, "training.steps=60", "training.batch_size=64", "training.l
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("baselines") / "mae"
-    metrics = train_mae(load_recipe("digits", MAE_RECIPE), folder, MAESettings(lr=1e-2, crop=1.0), device="cpu")
+    metrics = train_mae(
+        load_recipe("digits", MAE_RECIPE), folder, MAESettings(lr=1e-2, crop=1.0, norm_pix_loss=False), device="cpu"
+    )
     return folder, metrics
 
 
@@ -39,13 +41,13 @@ def images(count: int = 5, size: int = 8) -> torch.Tensor:
 
 def test_a_masked_autoencoder_learns(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = trained
-    assert metrics["last_loss"] < 0.9 * metrics["first_loss"]
+    assert metrics["last_loss"] < 0.8 * metrics["first_loss"]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     config = json.loads((folder / "config.json").read_text())
     expected = {
         "model_type": "vit_mae", "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 16,
         "num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "decoder_hidden_size": 8, "mask_ratio": 0.75,
-        "norm_pix_loss": True, "intermediate_size": 64,
+        "norm_pix_loss": False, "intermediate_size": 64,
     }  # fmt: skip
     assert {key: config[key] for key in expected} == expected
 
@@ -145,8 +147,7 @@ def test_a_mistake_in_training_is_one_sentence(
     [
         (["--features", "mae:MAE", "--layer", "3"], "the network has no layer '3'; it has 1 to 2"),
         (["--features", "mae:MAE", "--t", "0.1"], "a masked autoencoder knows no times or noise; leave them out"),
-        (["--features", "mae:MAE", "data.size=16"], "sees images of 8 × 8 pixels, not 16 × 16; set data.size=8"),
-        (["--features", "mae:nowhere"], "no masked autoencoder could be read from the folder or hub model 'nowhere'"),
+        (["--features", "mae:nowhere"], "there is no masked autoencoder at 'nowhere'; give a folder that"),
         (["--features", "pca:65"], "65 principal components cannot be had of 64 pixels"),
         (["--features", "pca:0"], "pca:0 names no principal components of images; give their number, such as pca:16"),
         (["--features", "pca:many"], "pca:many names no principal components"),
@@ -157,19 +158,19 @@ def test_a_mistake_in_probing_is_one_sentence(
     mezzotint: Any, trained: tuple[Path, Any], tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
     words = [word.replace("MAE", str(trained[0])) for word in arguments]
-    if "data.size=16" in words:
-        words += ["data.name=moving-digits", "data.frames=0"]
     result = mezzotint("probe", "digits", *words, "--out", tmp_path / "a.json")
     assert result.code == 2
     assert result.err.startswith("error: ")
     assert sentence in result.err
 
 
-def test_a_model_of_another_kind(tmp_path: Path) -> None:
+def test_images_of_another_size_and_models_of_another_kind(trained: tuple[Path, Any], tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(MezzotintError, match=r"sees images of 8 × 8 pixels, not 16 × 16; set data.size=8$"):
+        open_mae(trained[0]).features(images(size=16), ["1"])
     with pytest.raises(MezzotintError, match="it is a vit, expected a vit_mae"):
         open_mae(tmp_path)
     with pytest.raises(MezzotintError, match="precision 'fp8' is unknown"):
@@ -217,11 +218,11 @@ def test_pixel_noise_is_that_of_a_denoising_autoencoder(name: str) -> None:
 
 def test_it_trains_and_is_probed(mezzotint: Any, tmp_path: Path) -> None:
     words = [word for word in TINY if not word.startswith("objective")]
-    words += ["training.steps=60", "training.lr=1e-2", "training.log_every=20"]
+    words += ["training.steps=60", "training.lr=1e-2", "training.checkpoint_every=60"]
     library.train(load_recipe("dae-digits", words), tmp_path / "run", quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = [line["loss/train"] for line in lines if "loss/train" in line]
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
     out = ["--out", tmp_path / "a.json", "--probe", "ridge", "--count", 200]
     shown = mezzotint("probe", tmp_path / "run", *out)
     assert shown.code == 0, shown.err

@@ -217,7 +217,7 @@ def _few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_learns_32_digits_by_heart(tmp_path: Path) -> None:
     pipeline = library.build(load_recipe("digits", SMALL))
     before = {name: tensor.clone() for name, tensor in pipeline.denoiser.state_dict().items()}
-    settings = FinetuneSettings(**PLAIN | {"epochs": 24, "batch_size": 8, "lr": 1e-2, "layer_decay": 1.0})
+    settings = FinetuneSettings(**PLAIN | {"epochs": 20, "batch_size": 8, "lr": 1e-2, "layer_decay": 1.0})
     metrics = finetune_classifier(pipeline, tmp_path / "out", settings, count=32, quiet=True)
     assert metrics["epochs"][-1]["loss"] < 0.1
     assert metrics["train_images"] == 32

@@ -176,7 +176,7 @@ def finetune_classifier(
         steps=steps, lr=lr, lr_schedule="cosine", warmup_steps=min(steps - 1, round(settings.warmup * steps))
     )
     groups = layer_groups(classifier, depths, len(names), lr, settings)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, fused=device.type in ("cpu", "cuda"))
     ema = EMA(classifier, [] if settings.ema is None else [settings.ema], warmup=True)
     scored = ema.modules[0] if ema.modules else classifier
     mixed = mixing(settings, classes)
@@ -211,7 +211,7 @@ def finetune_classifier(
         mean = total.item() / each
         if not torch.tensor(mean).isfinite():
             raise MezzotintError(f"the loss is NaN or infinite in epoch {epoch}; lower the learning rate (--lr)")
-        epochs.append({"epoch": epoch, "loss": mean, **score(scored.eval(), pipeline, test, batch_size)})
+        epochs.append({"epoch": epoch, "loss": mean, **score(scored.eval(), pipeline, test)})
         if not quiet:
             top1 = epochs[-1]["top1"]
             console.print(f"epoch {epoch}/{settings.epochs}: loss {mean:.3f}, top-1 {top1:.2%}", soft_wrap=True)
@@ -232,7 +232,7 @@ def finetune_classifier(
     return metrics
 
 
-def score(classifier: Classifier, pipeline: Pipeline, test: DatasetSource, batch_size: int) -> dict[str, float]:
+def score(classifier: Classifier, pipeline: Pipeline, test: DatasetSource, batch_size: int = 256) -> dict[str, float]:
     """Top-1 accuracy in [0, 1] on all images of `test`, and top-5 with more than ten classes."""
     classes = classifier.head.out_features
 

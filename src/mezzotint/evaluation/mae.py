@@ -21,6 +21,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.augmentation import augmented_batches, cropping
 from mezzotint.evaluation.sources import DatasetSource, image_source, to_channels
 from mezzotint.files import check_free, new_folder, tensors_digest
+from mezzotint.interop.hub import is_name
 from mezzotint.interop.vit import processor_config
 from mezzotint.pipeline import PRECISIONS
 from mezzotint.pretrained import from_hub, quiet, transformers_for
@@ -102,6 +103,7 @@ def train_mae(
         ],
         lr=lr,
         betas=settings.betas,
+        fused=here.type in ("cpu", "cuda"),
     )
     plan = TrainingSettings(
         steps=training.steps, lr=lr, lr_schedule="cosine", warmup_steps=round(settings.warmup * training.steps)
@@ -241,7 +243,14 @@ def open_mae(source: str | Path, *, device: torch.device | str = "cpu", precisio
     if precision not in PRECISIONS:
         raise MezzotintError(f"precision {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
     transformers = transformers_for("a masked autoencoder")
-    place = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
+    place = str(Path(source).expanduser())
+    if not Path(place).is_dir():
+        place = str(source)
+        if not is_name(place):  # asking the hub takes long to fail
+            raise MezzotintError(
+                f"there is no masked autoencoder at {place!r}; give a folder that 'mezzotint train-mae' wrote, or the "
+                "OWNER/NAME of a ViTMAE on the Hugging Face hub"
+            )
 
     def read(local: bool) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=local)
