@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from mezzotint.backbones.layers import position_table
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.augmentation import augmented_batches, cropping
@@ -93,6 +95,7 @@ def train_mae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = transformers.ViTMAEForPreTraining(config)
+        _initialise(network)
     network.to(here).train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     lr = settings.lr or 1.5e-4 * training.batch_size / 256
@@ -135,7 +138,7 @@ def train_mae(
         "steps": training.steps,
         "batch_size": training.batch_size,
         "seed": recipe.seed,
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump(mode="json"),
         "first_loss": every[:tenth].mean().item(),
         "last_loss": every[-tenth:].mean().item(),
     }
@@ -148,6 +151,24 @@ def train_mae(
         ):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return metrics
+
+
+@torch.no_grad()
+def _initialise(network: Any) -> None:
+    """MAE's: Xavier's matrices, fixed sine-cosine positions in encoder and decoder.
+
+    Done here, as some versions of transformers (5.23) leave both tables of positions of a new network at zero.
+    """
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("_token"):
+            nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim > 1 and parameter.requires_grad:
+            nn.init.xavier_uniform_(parameter.flatten(1))
+    side = network.config.image_size // network.config.patch_size
+    for table in (network.vit.embeddings.position_embeddings, network.decoder.decoder_pos_embed):
+        table.copy_(F.pad(position_table(table.shape[-1], side, side), (0, 0, 1, 0)))  # the class token has none
 
 
 def _check(losses: Sequence[Tensor], step: int) -> None:
