@@ -374,8 +374,8 @@ def test_another_layer_costs_one_more_pass_and_noise_is_an_images_own(
     monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path))
     made = library.build(override_recipe(tiny, ["backbone.depth=2"]))
     random_weights(made.denoiser)
-    train, _ = probing._sources(made.recipe.data, None)
-    few, _ = probing._sources(made.recipe.data, 20)
+    train, _ = probing.labelled_sources(made.recipe.data, None)
+    few, _ = probing.labelled_sources(made.recipe.data, 20)
     calls: list[int] = []
     made.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     view = probing.model_view(made, [1], 0.5, True, 0)
@@ -482,7 +482,7 @@ def test_baselines(mezzotint: Any, runs: dict[str, Path], tmp_path: Path) -> Non
         (["--probe", "lineer"], "probe 'lineer' is unknown; closest: linear"),
         (["--optimizer", "adam"], "optimizer 'adam' is unknown"),
         (["--count", "1000"], "has 898 images, fewer than the 1000 asked for"),
-        (["data.labels=false"], "has no labels, which a probe reads off; set data.labels=true"),
+        (["data.labels=false"], "has no labels, which classifiers are fitted to; set data.labels=true"),
         (["backbone.width=8"], "would change the trained model"),
         (["--features", "pixels", "--t", "0.1"], "the features pixels have no layers, times or noise to choose"),
         (["--features", "pixels", "--random"], "--random and --features are baselines of their own"),

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from mezzotint.denoiser import Prediction as Prediction
     from mezzotint.encoding import encode as encode
     from mezzotint.errors import MezzotintError as MezzotintError
+    from mezzotint.evaluation.end_to_end import finetune_classifier as finetune_classifier
+    from mezzotint.evaluation.end_to_end import load_classifier as load_classifier
+    from mezzotint.evaluation.mae import open_mae as open_mae
+    from mezzotint.evaluation.mae import train_mae as train_mae
     from mezzotint.evaluation.probing import probe as probe
     from mezzotint.evaluation.scores import evaluate as evaluate
     from mezzotint.features import pooled_features as pooled_features
@@ -47,15 +51,19 @@ _HOMES = {
     "convert": "interop",
     "encode": "encoding",
     "evaluate": "evaluation.scores",
+    "finetune_classifier": "evaluation.end_to_end",
     "load": "interop",
+    "load_classifier": "evaluation.end_to_end",
     "load_recipe": "recipe",
     "log_likelihood": "samplers.likelihood",
+    "open_mae": "evaluation.mae",
     "pooled_features": "features",
     "probe": "evaluation.probing",
     "recipe_names": "recipe",
     "sample": "pipeline",
     "save_grid": "images",
     "train": "training",
+    "train_mae": "evaluation.mae",
 }
 __all__ = list(_HOMES)
 

@@ -461,7 +461,11 @@ def probe(
     noise: Annotated[bool, typer.Option("--noise/--clean", help="Noised images, or clean ones.")] = False,
     probe: Annotated[str, typer.Option(help="linear, knn, ridge; several with commas between.")] = "linear",
     features: Annotated[
-        str | None, typer.Option(help="Features of another kind on the same data: pixels, dinov2, module:function, …")
+        str | None,
+        typer.Option(
+            help="Features of another kind on the same data: pixels, pca:COMPONENTS, mae:FOLDER, dinov2, "
+            "module:function, …"
+        ),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="The same network with fresh weights.")] = False,
     count: Annotated[int | None, typer.Option(min=2, help="Training images to fit on. Default: all.")] = None,
@@ -488,12 +492,12 @@ def probe(
     Features are kept, so that another probe of them takes no forward pass.
     """
     from mezzotint.evaluation.features import feature_network
+    from mezzotint.evaluation.mae import open_mae
     from mezzotint.evaluation.probing import plot_probe, probe_tables
     from mezzotint.evaluation.probing import probe as run_probe
     from mezzotint.evaluation.sweep import figure_class
     from mezzotint.files import write_text
     from mezzotint.pipeline import build
-    from mezzotint.recipe import load_recipe
     from mezzotint.training.parallel import choose_device
 
     if figure is not None:
@@ -507,14 +511,15 @@ def probe(
     if features is None and not random:
         probed = open_model(model, changes, weights=weights, device=device, may_change=WITH_DATA).prepare(precision)
     else:
-        if _run_folder(model) or _is_recipe(model):
-            recipe = load_recipe(model, changes)
-        else:
-            recipe = open_model(model, changes, weights=weights, device="cpu", may_change=WITH_DATA).recipe
+        recipe = _recipe_of(model, changes, weights)
         if random:
             probed = build(recipe, device=here).prepare(precision)
+        elif str(features).startswith("mae:"):
+            data, probed = recipe.data, open_mae(str(features)[4:], device=here, precision=precision)
         else:
-            data, probed = recipe.data, feature_network(str(features), device=here, precision=precision)
+            data = recipe.data
+            fitted_on = data if str(features).startswith("pca:") else None
+            probed = feature_network(str(features), device=here, precision=precision, data=fitted_on)
     result = run_probe(
         probed,
         data,
@@ -635,6 +640,110 @@ def study(
     typer.echo(written[0].read_text(encoding="utf-8"))
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    model: ModelArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Overrides of data and representation, and finetune.KEY, e.g. data=folder:photos finetune.mixup=0.",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="How many of the first layers. Default: half of them.")] = None,
+    t: Annotated[float, typer.Option("--t", help="The time that the network is told; step 10 of 1000 is 0.01.")] = 0.01,
+    epochs: Annotated[int | None, typer.Option(help="finetune.epochs; default: 100.")] = None,
+    lr: Annotated[float | None, typer.Option(help="finetune.lr; default: 1e-3 for each 256 images of a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="finetune.batch_size; default: 1,024.")] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="From scratch: the same network with fresh weights.")
+    ] = False,
+    count: Annotated[int | None, typer.Option(min=2, help="Training images. Default: all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="finetune.seed; default: 0.")] = None,
+    weights: Weights = "model",
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("classifier"),
+    device: Device = "auto",
+) -> None:
+    """Fine-tune the first layers of a network, end to end, as a classifier of images, by MAE's recipe.
+
+    Accuracy on the test split is printed after each epoch. The folder appears when all is done.
+    """
+    from mezzotint.evaluation.end_to_end import FinetuneSettings, finetune_classifier
+    from mezzotint.pipeline import build
+    from mezzotint.training.parallel import choose_device
+
+    changes, values = _own_section("finetune", overrides or [])
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    settings = FinetuneSettings.parse(values | {key: value for key, value in given.items() if value is not None})
+    if random:
+        pipeline = build(_recipe_of(model, changes, weights), device=choose_device(device))
+    else:
+        pipeline = open_model(model, changes, weights=weights, device=device, may_change=WITH_DATA)
+    try:
+        metrics = finetune_classifier(pipeline, out, settings, layers=layers, t=t, count=count)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {out} was not written")
+        raise typer.Exit(130) from None
+    start = "fresh weights" if random else "fine-tuned"
+    results.print(
+        f"{metrics['model']}, first {metrics['layers']} layers, {start}: top-1 {metrics['top1']:.2%} of "
+        f"{metrics['test_images']:,} images",
+        soft_wrap=True,
+    )
+    results.print(str(out), soft_wrap=True)
+
+
+@app.command("train-mae")
+def train_mae(
+    recipe: RecipeArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides of the recipe, and mae.KEY, e.g. training.steps=500 mae.depth=4."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write, for --features mae:OUT.")] = Path("mae"),
+    device: Device = "auto",
+) -> None:
+    """Train a masked autoencoder on a recipe's images, with its patches, width, steps and batch size: a baseline.
+
+    The folder, transformers' ViTMAE, appears when all is done.
+    """
+    from mezzotint.evaluation.mae import MAESettings
+    from mezzotint.evaluation.mae import train_mae as run_training
+    from mezzotint.recipe import load_recipe
+
+    changes, values = _own_section("mae", overrides or [])
+    settings = MAESettings.parse(values)
+    try:
+        metrics = run_training(load_recipe(recipe, changes), out, settings, device=device, progress=True)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {out} was not written")
+        raise typer.Exit(130) from None
+    results.print(f"loss {metrics['first_loss']:.3f} at first, {metrics['last_loss']:.3f} at last", soft_wrap=True)
+    results.print(str(out), soft_wrap=True)
+
+
+def _own_section(section: str, overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The overrides of a recipe, and the values of those that begin with "section."."""
+    from mezzotint.recipe import read_override
+
+    values: dict[str, Any] = {}
+    for override in overrides:
+        if override.startswith(f"{section}."):
+            values |= read_override(override)[section]
+    return [override for override in overrides if not override.startswith(f"{section}.")], values
+
+
+def _recipe_of(model: str, overrides: list[str], weights: str) -> Any:
+    """The recipe of a run folder, a checkpoint or a recipe, whose own weights are not wanted."""
+    from mezzotint.recipe import load_recipe
+
+    if _run_folder(model) or _is_recipe(model):
+        return load_recipe(model, overrides)
+    return open_model(model, overrides, weights=weights, device="cpu", may_change=WITH_DATA).recipe
 
 
 @app.command()

@@ -27,15 +27,19 @@ def layers_of(denoiser: Denoiser, names: Sequence[str | int] = ()) -> dict[str, 
     for one that the network does not have.
     """
     layers = cast("dict[str, Layer]", cast(Any, denoiser.backbone).layers)
-    order = list(layers)
+    return {name: layers[name] for name in chosen_layers(list(layers), names)}
+
+
+def chosen_layers(order: Sequence[str], names: Sequence[str | int] = ()) -> list[str]:
+    """`layers_of`, of a network whose layers have the names `order`."""
     chosen = set()
     for name in map(str, names):
         number = int(name) if name.isascii() and name.isdigit() else 0
-        if name not in layers and not 1 <= number <= len(order):
+        if name not in order and not 1 <= number <= len(order):
             named = "" if order[-1] == str(len(order)) else f", or by name: {', '.join(order)}"
             raise MezzotintError(f"the network has no layer {name!r}; it has 1 to {len(order)}{named}")
-        chosen.add(name if name in layers else order[number - 1])
-    return {name: layer for name, layer in layers.items() if name in chosen or not names}
+        chosen.add(name if name in order else order[number - 1])
+    return [name for name in order if name in chosen or not names]
 
 
 @torch.no_grad()
@@ -55,6 +59,19 @@ def pooled_features(
     one caption. One forward pass, never compiled, which ends with the last of the layers and keeps none of their
     outputs. Raises `MezzotintError` for an unknown layer, and for a t outside of [0, 1].
     """
+    return features_with_gradients(denoiser, x, t, layers, eps=eps, null=null)
+
+
+def features_with_gradients(
+    denoiser: Denoiser,
+    x: Tensor,
+    t: float,
+    layers: Sequence[str | int] = (),
+    *,
+    eps: Tensor | None = None,
+    null: Text | None = None,
+) -> dict[str, Tensor]:
+    """`pooled_features`, to train the network through them."""
     check_time(t)
     wanted = layers_of(denoiser, layers)
     if eps is not None:

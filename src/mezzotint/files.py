@@ -45,6 +45,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_free(out: Path) -> None:
+    """Raises `MezzotintError` unless a folder can be made at `out`: nothing is there, or an empty folder."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill; becomes `out` on success, and is removed on failure.

@@ -655,7 +655,7 @@ def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> R
     """`recipe` with ``key=value`` overrides applied in order. Raises `MezzotintError` as `load_recipe` does."""
     values = recipe.model_dump()
     for override in overrides:
-        values = _merge(values, _override(override))
+        values = _merge(values, read_override(override))
     return Recipe.parse(values)
 
 
@@ -770,8 +770,8 @@ def _named_section(key: str, word: str) -> dict[str, Any]:
     return {"sampler" if key == "sampling" else "name": word}
 
 
-def _override(text: str) -> dict[str, Any]:
-    """One dotted ``key=value``, the value read as YAML, as a nested mapping."""
+def read_override(text: str) -> dict[str, Any]:
+    """One dotted ``key=value``, the value read as YAML, as a nested mapping; else raises `MezzotintError`."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
         raise MezzotintError(f"override {text!r} is not of the form key=value, e.g. training.steps=1000")

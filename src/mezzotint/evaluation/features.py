@@ -28,6 +28,7 @@ from mezzotint.evaluation.classifier import trained_classifier
 from mezzotint.evaluation.sources import (
     ImageSource,
     gathered,
+    image_source,
     imported,
     of_first,
     place,
@@ -39,9 +40,12 @@ from mezzotint.files import tensors_digest
 from mezzotint.pretrained import from_hub, transformers_for
 from mezzotint.progress import track
 from mezzotint.recipe import DataSettings
+from mezzotint.representations.pca import Moments, principal_components
 
 NETWORKS = ("inception", "dinov2", "clip", "classifier", "pixels")
-"""What `feature_network` knows by name, besides ``module:function``."""
+"""What `feature_network` knows by name, besides ``pca:COMPONENTS`` and ``module:function``."""
+#: pixels of an image up to which their covariance fits into memory (0.5 GB)
+MAX_PCA = 8192
 
 T = TypeVar("T")
 
@@ -157,11 +161,13 @@ def feature_network(
     - dinov2, clip: through transformers; weights: a folder or a hub name (DINOv2 ViT-L/14, CLIP ViT-L/14).
     - classifier: a small network fitted on the held-out images of `data`, with `seed`; needs no download.
     - pixels: the pixels themselves, in [0, 1].
+    - pca:COMPONENTS: so many principal components of the pixels, of the training images of `data`.
     - module:function: yours: images uint8 (B, C, H, W) on `device` to features (B, D), or to a dict (`FeatureNetwork`).
 
     Raises `MezzotintError` for another name, weights that are missing or do not fit, or a package that is missing.
     """
-    if name != "classifier" and (data is not None or seed):
+    pca = name.startswith("pca:")
+    if name != "classifier" and (data is not None or seed) and not (pca and not seed):
         raise MezzotintError(
             f"data and seed are those of the feature network classifier, not of {name}; leave them out"
         )
@@ -169,6 +175,8 @@ def feature_network(
         raise MezzotintError(f"the feature network {name} takes no weights; leave them out")
     if name == "pixels":
         return FeatureNetwork("pixels", lambda images: images.flatten(1) / 255, device=device)
+    if pca:
+        return _pca(name, data, device)
     if name == "classifier":
         if data is None:
             raise MezzotintError("the feature network classifier is fitted on a data set; name it, such as data=digits")
@@ -191,6 +199,35 @@ def feature_network(
     if ":" in name:
         return _own(name, device, precision)
     raise MezzotintError(f"feature network {name!r} is unknown; {closest(name, NETWORKS)}, or module:function")
+
+
+def _pca(name: str, data: DataSettings | str | None, device: torch.device | str) -> FeatureNetwork:
+    """The first principal components of all pixels of an image, in [0, 1]."""
+    number = name.removeprefix("pca:")
+    if not (number.isascii() and number.isdigit() and int(number)) or data is None:
+        raise MezzotintError(
+            f"{name} names no principal components of images; give their number, such as pca:16, and a data set"
+        )
+    source, count = image_source(data, split="train"), int(number)
+    moments: Moments | None = None
+    for images, _ in source.batches(256):
+        pixels = images.flatten(1) / 255
+        if not count <= pixels.shape[1] <= MAX_PCA:
+            raise MezzotintError(
+                f"{count} principal components cannot be had of {pixels.shape[1]:,} pixels; ask for 1 to the number of "
+                f"pixels, which may be up to {MAX_PCA:,}, or set data.size"
+            )
+        moments = moments or Moments(pixels.shape[1], device)
+        moments.update(pixels.to(device))
+    assert moments is not None
+    mean, basis = moments.mean.float(), principal_components(moments.covariance)[0][:count].float()
+    digest = tensors_digest({"mean": mean, "basis": basis})
+    return FeatureNetwork(
+        f"{name} ({source.identity}, {digest})",
+        lambda images: (images.flatten(1) / 255 - mean) @ basis.T,
+        dim=count,
+        device=device,
+    )
 
 
 def _own(spec: str, device: torch.device | str, precision: str) -> FeatureNetwork:

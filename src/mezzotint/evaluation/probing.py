@@ -23,7 +23,9 @@ from torch import Tensor
 from mezzotint.data.loader import BatchOrder, dataset_batches
 from mezzotint.data.transforms import to_float, to_uint8
 from mezzotint.errors import MezzotintError, closest
+from mezzotint.evaluation.augmentation import crop_and_flip
 from mezzotint.evaluation.features import FeatureNetwork
+from mezzotint.evaluation.mae import MAE
 from mezzotint.evaluation.probe import (
     Labelled,
     LinearProbe,
@@ -36,7 +38,7 @@ from mezzotint.evaluation.probe import (
 )
 from mezzotint.evaluation.sources import DatasetSource, image_source
 from mezzotint.evaluation.sweep import figure_class
-from mezzotint.features import check_time, layers_of, pooled_features
+from mezzotint.features import check_time, chosen_layers, layers_of, pooled_features
 from mezzotint.files import atomic_path, cache_folder, save_tensors, tensors_digest
 from mezzotint.pipeline import Pipeline, read_tensors
 from mezzotint.progress import track
@@ -66,7 +68,7 @@ class View:
 
 
 def probe(
-    model: Pipeline | FeatureNetwork,
+    model: Pipeline | FeatureNetwork | MAE,
     data: DataSettings | None = None,
     *,
     layers: Sequence[str | int] = (),
@@ -86,11 +88,12 @@ def probe(
     """Train `probes` (linear, knn, ridge) on features of a labelled data set's training images, score its test images.
 
     model: a pipeline, of whose network `layers` are looked at (numbers or names, see `layers_of`; none: all), told each
-    of `times` in [0, 1] (none: 0.01) and no class or caption; or a feature network, which has neither. The network sees
-    clean images, or with `noise` x_t of that time, the noise of an image being always the same. data: None for what the
-    pipeline was trained on. count: a subset of the training images, always the same. k: neighbours of a k-NN probe;
-    epochs, optimizer: see `LinearProtocol`. augment: train linear probes on random crops and flips, drawn anew in each
-    epoch, each of which then takes a forward pass over the training images.
+    of `times` in [0, 1] (none: 0.01) and no class or caption; a feature network, which has neither; or a masked
+    autoencoder, which has layers. The network sees clean images, or with `noise` x_t of that time, the noise of an
+    image being always the same. data: None for what the pipeline was trained on. count: a subset of the training
+    images, always the same. k: neighbours of a k-NN probe; epochs, optimizer: see `LinearProtocol`. augment: train
+    linear probes on random crops and flips, drawn anew in each epoch, each of which then takes a forward pass over the
+    training images.
 
     Features, but for augmented ones, are kept under `cache_folder` by what they are a function of. Returns {"model",
     "data", …, "rows": [{"layer", "t", "probe", "top1", "top5"?, "ridge"?}, …]}, accuracies in [0, 1], top5 with more
@@ -106,12 +109,20 @@ def probe(
         views = [model_view(model, layers, t, noise, seed) for t in dict.fromkeys(map(float, times or TIMES))]
         data, device, name = data or model.recipe.data, model.device, model.recipe.name
     else:
-        if layers or times or noise:
-            raise MezzotintError(f"the features {model.name} have no layers, times or noise to choose; leave them out")
-        views, device, name = [_network_view(model)], model.device, model.name
+        if isinstance(model, MAE):
+            if times or noise:
+                raise MezzotintError("a masked autoencoder knows no times or noise; leave them out")
+            views = [_mae_view(model, layers)]
+        else:
+            if layers or times or noise:
+                raise MezzotintError(
+                    f"the features {model.name} have no layers, times or noise to choose; leave them out"
+                )
+            views = [_network_view(model)]
+        device, name = model.device, model.name
     if data is None:
         raise MezzotintError("a feature network is probed on a data set; name it")
-    train, test = _sources(data, count)
+    train, test = labelled_sources(data, count)
     if "knn" in probes:
         check_neighbours(k, len(train.indices))
     classes = len(train.class_names)
@@ -155,8 +166,11 @@ def probe(
     }
 
 
-def _sources(settings: DataSettings, count: int | None) -> tuple[DatasetSource, DatasetSource]:
-    """Training and test images. Raises `MezzotintError` for data without labels or without held-out images."""
+def labelled_sources(settings: DataSettings, count: int | None) -> tuple[DatasetSource, DatasetSource]:
+    """Training images, all or `count` of them, and test images.
+
+    Raises `MezzotintError` for data without labels or without held-out images.
+    """
     train, test = (
         image_source(settings, split=split, count=number) for split, number in (("train", count), ("test", None))
     )
@@ -164,8 +178,8 @@ def _sources(settings: DataSettings, count: int | None) -> tuple[DatasetSource, 
     assert isinstance(test, DatasetSource)
     if not train.class_names:
         raise MezzotintError(
-            f"the data set {train.dataset.identity} has no labels, which a probe reads off; set data.labels=true, or "
-            "name a labelled one by data=…"
+            f"the data set {train.dataset.identity} has no labels, which classifiers are fitted to; set "
+            "data.labels=true, or name a labelled one by data=…"
         )
     if train.dataset.identity == test.dataset.identity:
         raise MezzotintError(
@@ -206,6 +220,13 @@ def _network_view(network: FeatureNetwork) -> View:
         return {label: network(images)["features"]}
 
     return View(None, (label,), compute, [network.name] if network.cacheable else None)
+
+
+def _mae_view(network: MAE, layers: Sequence[str | int]) -> View:
+    def compute(images: Tensor, names: Sequence[str], generators: Sequence[torch.Generator]) -> Mapping[str, Tensor]:
+        return network.features(images, names)
+
+    return View(None, tuple(chosen_layers(network.layers, layers)), compute, [network.name])
 
 
 def features_of(
@@ -316,28 +337,6 @@ def _augmented_probes(
                 probes[layer] = LinearProbe(rows.shape[1], classes, count, protocol, device)
             probes[layer].step(rows, torch.cat(labels).to(device))
     return probes
-
-
-def crop_and_flip(images: Tensor, seeds: Sequence[int]) -> Tensor:
-    """torchvision's random resized crop (bicubic, its own scales and ratios) and horizontal flip, uint8 (B, C, H, W).
-
-    What becomes of an image depends on it and on its seed alone.
-    """
-    from torchvision.transforms import v2
-
-    height, width = images.shape[-2:]
-    change = v2.Compose(
-        [
-            v2.RandomResizedCrop((height, width), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
-    changed = []
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator alone
-        for image, seed in zip(images, seeds, strict=True):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than the crop
-            changed.append(change(image))
-    return torch.stack(changed)
 
 
 # ---- What comes out --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from mezzotint.backbones import DiT
 from mezzotint.backbones.layers import NORM_EPS
 from mezzotint.errors import MezzotintError
-from mezzotint.files import new_folder, save_tensors
+from mezzotint.files import check_free, new_folder, save_tensors
 from mezzotint.pipeline import Pipeline
 from mezzotint.representations.tokenizer import PatchTokenizer
 
@@ -41,8 +41,7 @@ def export_vit(pipeline: Pipeline, out: str | Path, *, t: float = 0.01, layers: 
         raise MezzotintError(f"there are no {layers} layers to export; the network has {depth}, so give 1 to {depth}")
     if not 0 <= t <= 1:
         raise MezzotintError(f"t must be from 0 (data) to 1 (noise), got {t:g}; step 10 of 1000 is 0.01")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
+    check_free(out)
     network = copy.deepcopy(network).cpu().double()
     width = network.pos_embed.shape[2]
     weight, bias = _patch_embedding(pipeline, network)
@@ -61,7 +60,7 @@ def export_vit(pipeline: Pipeline, out: str | Path, *, t: float = 0.01, layers: 
         save_tensors(floats, folder / "model.safetensors", {"format": "pt"})
         for name, values in (
             ("config.json", _config(pipeline, network, layers)),
-            ("preprocessor_config.json", _preprocessor(pipeline)),
+            ("preprocessor_config.json", processor_config(pipeline.recipe.data.size, pipeline.recipe.data.channels)),
         ):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return out
@@ -146,9 +145,8 @@ def _config(pipeline: Pipeline, network: DiT, layers: int) -> dict[str, Any]:
     }
 
 
-def _preprocessor(pipeline: Pipeline) -> dict[str, Any]:
-    """A centre crop in [-1, 1], as the model was trained on."""
-    size, channels = pipeline.recipe.data.size, pipeline.recipe.data.channels
+def processor_config(size: int, channels: int) -> dict[str, Any]:
+    """transformers' image processor that makes a centre crop in [-1, 1] of so many pixels a side and channels."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,

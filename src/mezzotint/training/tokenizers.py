@@ -18,7 +18,7 @@ from mezzotint.data.loader import BatchOrder, dataset_batches, iterate_batches
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.data.transforms import flip
 from mezzotint.errors import MezzotintError
-from mezzotint.files import new_folder, write_text
+from mezzotint.files import check_free, new_folder, write_text
 from mezzotint.images import save_grid
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for
@@ -67,8 +67,7 @@ def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quie
         raise MezzotintError(
             f"the representation {settings.name!r} is not fitted; set representation to one of {', '.join(TOKENIZERS)}"
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
+    check_free(out)
     here = choose_device(device)
     dataset = _images(recipe, "train")
     try:
