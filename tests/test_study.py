@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -182,7 +183,7 @@ def test_study_goes_on_where_it_was_interrupted(
     before = first.stat().st_mtime_ns
     whole = command(*words, "--out", out)
     assert whole.code == 0, whole.err
-    assert "1 of 2 cells to do: about" in whole.err
+    assert "1 of 2 cells to do: about 0 minutes, 1 process(es) of 1 thread(s)" in whole.err
     assert taken == [*range(1, 9), *range(1, 9)], "no step twice"
     assert first.stat().st_mtime_ns == before
     assert not list(out.glob("runs/*/state"))
@@ -218,6 +219,15 @@ def test_a_cut_off_cell_is_made_again(quick: None, tmp_path: Path) -> None:
     file.write_text(whole[: len(whole) // 2])
     again = study("digits", tmp_path, seeds=[0], cells=[PCA], overrides=SMALL)
     assert again[0]["rows"] == rows[0]["rows"]
+
+
+def test_processes_make_the_same_cells(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")  # spawned processes take ten seconds to import everything
+    monkeypatch.setattr("mezzotint.studies.ldae.get_context", lambda _: fork)
+    rows = [study("digits", tmp_path / str(n), seeds=[0, 1], cells=[PCA], overrides=SMALL, processes=n) for n in (2, 1)]
+    assert [row["seed"] for row in rows[0]] == [0, 1]
+    assert [row["rows"] for row in rows[0]] == [row["rows"] for row in rows[1]]
+    assert rows[0][0]["rows"] != rows[0][1]["rows"]
 
 
 def test_estimate_counts_a_shared_tokenizer_once_and_writes_nothing(tmp_path: Path, command: Command) -> None:

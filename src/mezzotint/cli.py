@@ -601,12 +601,13 @@ def study(
         str, typer.Option(help="Cells by name or group (trajectory, dimension, noise), with commas. Default: all.")
     ] = "",
     plan: Annotated[bool, typer.Option("--plan", help="Only measure what each cell would take, and print it.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds to work on at a time, each in a process.")] = 2,
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: runs/study-<study>-<data>.")] = None,
     device: Device = "auto",
 ) -> None:
     """Train and probe all that a paper compares, at a scale for two CPU cores, and print its table beside the paper's.
 
-    The same command goes on after a kill. Two processes, each with a seed of its own, may share a folder.
+    The same command goes on after a kill.
     """
     from mezzotint.evaluation.sweep import figure_class
     from mezzotint.studies.ldae import estimate, finished, jobs_of
@@ -628,11 +629,11 @@ def study(
         for cell, parts in found.items():
             table.add_row(cell, *(f"{seconds:.1f}" for seconds in parts.values()))
         results.print(table)
-        results.print(f"in all {_duration(sum(sum(parts.values()) for parts in found.values()))}")
+        results.print(f"in all {_duration(sum(sum(parts.values()) for parts in found.values()))}, in one process")
         return
     figure_class("the pictures of a study")
     try:
-        rows = run_study(data, out, device=device, progress=True, **options)
+        rows = run_study(data, out, device=device, processes=processes, progress=True, **options)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on")
         raise typer.Exit(130) from None

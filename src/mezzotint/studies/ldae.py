@@ -17,7 +17,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -272,13 +274,15 @@ def study(
     cells: Sequence[str] = (),
     overrides: Sequence[str] = (),
     device: str = "auto",
+    processes: int = 1,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Train and probe l-DAE's recipes on "digits" or "fashion-mnist" into the folder `out`; the finished cells.
 
     cells: names or groups, see `choose_cells`. overrides: ``key=value`` after those of `SCALES`, for all cells. A
     finished cell is kept as JSON and not trained again, and a training that was interrupted goes on from its last
-    checkpoint, so the same call goes on after a kill. Processes with different seeds may share a folder.
+    checkpoint, so the same call goes on after a kill. processes: how many seeds are worked on at a time, each with its
+    share of the threads.
 
     Linear and k-NN probes look at half of the blocks at t = 0.01, clean images; of `FINAL` at all blocks and further
     times. Returns {"cell", "group", "recipe", "seed", "command", "tokenizer", "seconds", "rows", …}, rows those of
@@ -287,21 +291,27 @@ def study(
     """
     jobs = jobs_of(data, out, seeds=seeds, cells=cells, overrides=overrides)
     todo = [job for job in jobs if finished(job) is None]
+    seeds = list(dict.fromkeys(job.seed for job in todo))
+    processes = max(1, min(processes, len(seeds)))
+    all_threads = torch.get_num_threads()
+    threads = max(1, all_threads // processes)
     if progress and todo:
+        torch.set_num_threads(threads)
         plan = estimate(todo, device=device)
-        total = sum(sum(parts.values()) for parts in plan.values())
-        threads = torch.get_num_threads()
-        console.print(
-            f"{len(todo)} of {len(jobs)} cells to do: about {total / 60:.0f} minutes with {threads} thread(s)",
-            soft_wrap=True,
-        )
-    for number, job in enumerate(todo, 1):
-        begun = time.perf_counter()
-        row = _finish(job, device)
-        if progress:
-            found = accuracy_of(row, "linear")
-            took = time.perf_counter() - begun
-            console.print(f"{number} of {len(todo)}: {job.name}: linear {found:.1%}, {took:.0f} s", soft_wrap=True)
+        torch.set_num_threads(all_threads)
+        minutes = max(sum(sum(plan[job.name].values()) for job in todo if job.seed == seed) for seed in seeds) / 60
+        minutes *= -(-len(seeds) // processes)
+        how = f"{processes} process(es) of {threads} thread(s)"
+        console.print(f"{len(todo)} of {len(jobs)} cells to do: about {minutes:.0f} minutes, {how}", soft_wrap=True)
+    parts = [[job for job in todo if job.seed == seed] for seed in seeds]
+    if processes == 1:
+        for part in parts:
+            _work(part, device, progress)
+    else:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+            for future in [pool.submit(_work, part, device, progress) for part in parts]:
+                future.result()
     rows = [finished(job) for job in jobs]
     return [row for row in rows if row is not None]
 
@@ -334,6 +344,17 @@ def accuracy_of(row: dict[str, Any], probe: str, *, layer: int | None = None, t:
 
 
 # ---- A cell ----------------------------------------------------------------------------------------------------------
+
+
+def _work(jobs: Sequence[Job], device: str, progress: bool) -> None:
+    """Finish the jobs of a seed, one after another."""
+    for number, job in enumerate(jobs, 1):
+        begun = time.perf_counter()
+        row = _finish(job, device)
+        if progress:
+            found = accuracy_of(row, "linear")
+            took = time.perf_counter() - begun
+            console.print(f"{number} of {len(jobs)}: {job.name}: linear {found:.1%}, {took:.0f} s", soft_wrap=True)
 
 
 def _finish(job: Job, device: str) -> dict[str, Any]:

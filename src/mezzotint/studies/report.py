@@ -44,6 +44,9 @@ PAPER_DEPTH = 24
 #: and the time that the probed network is told
 PAPER_TIMES = {0.0: 64.1, 0.01: 64.5, 0.02: 64.1, 0.04: 63.3, 0.08: 62.2}
 
+#: points of accuracy that a diagram shows at least, so that noise does not look like a finding
+LEAST_SPAN = 4.0
+
 PERCEPTUAL = (
     "Perceptual loss: steps 0 and 1 train their tokenizer with the features of a classifier of this data set's own "
     "training images and labels, in place of the paper's VGG16, which was trained on ImageNet's; VGG16 is not made for "
@@ -199,12 +202,13 @@ def plot_trajectory(rows: Rows, path: str | Path, data: str) -> bool:
     ours, paper = picture.subplots(1, 2, sharey=True)
     own = [accuracies(rows, name) for name in steps]
     places = range(len(steps))
-    _bars(ours, places, [sum(values) / len(values) for values in own], "C0")
+    means = [sum(values) / len(values) for values in own]
+    _room(ours, [value for values in own for value in values])
+    _room(paper, [PAPER[name] for name in steps])
+    _bars(ours, places, means, "C0")
     for place, values in zip(places, own, strict=True):
         ours.plot(values, [place] * len(values), "o", color="black", markersize=3)
     _bars(paper, places, [PAPER[name] for name in steps], "C7")
-    _room(ours, [value for values in own for value in values])
-    _room(paper, [PAPER[name] for name in steps])
     ours.set_yticks(places, [name.removeprefix("ldae-") for name in steps])
     ours.invert_yaxis()
     ours.set_title(f"{data}, here", fontsize="medium")
@@ -217,13 +221,15 @@ def plot_trajectory(rows: Rows, path: str | Path, data: str) -> bool:
 
 
 def _bars(axes: Any, places: Sequence[int], values: Sequence[float], colour: str) -> None:
-    axes.bar_label(axes.barh(places, values, height=0.7, color=colour, alpha=0.6), fmt=" %.1f", fontsize="x-small")
+    axes.barh(places, values, height=0.7, color=colour, alpha=0.6)
+    for place, value in zip(places, values, strict=True):
+        axes.text(axes.get_xlim()[0], place, f" {value:.1f}", va="center", fontsize="x-small")
 
 
 def _room(axes: Any, values: Sequence[float]) -> None:
-    """Show the range of the values, with room for labels behind them: differences are what matters."""
+    """Show the range of the values, with room for labels before them: differences are what matters."""
     spread = max(max(values) - min(values), 1.0)
-    axes.set_xlim(max(0.0, min(values) - 0.35 * spread), max(values) + 0.3 * spread)
+    axes.set_xlim(max(0.0, min(values) - 0.35 * spread), max(values) + 0.1 * spread)
 
 
 def plot_ablations(rows: Rows, path: str | Path, data: str) -> bool:
@@ -257,6 +263,9 @@ def plot_ablations(rows: Rows, path: str | Path, data: str) -> bool:
             line = theirs[name]
             grid[1][column].plot(list(line), list(line.values()), "o-", color=f"C{index}", markersize=4, label=name)
         for axes in grid[:, column]:
+            low, high = axes.get_ylim()
+            margin = max(0.0, LEAST_SPAN - (high - low)) / 2
+            axes.set_ylim(low - margin, high + margin)
             axes.grid(alpha=0.3, linewidth=0.6)
             axes.set_xlabel(label)
             if logarithmic:
