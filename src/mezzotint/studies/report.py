@@ -118,8 +118,8 @@ def markdown(rows: Rows, data: str) -> str:
         f"Top-1 accuracy in % of probes after {first['layer']} of {first['depth']} blocks, told t = {TIME:g}, on "
         f"{first['test_images']:,} clean held-out images, fitted on {first['train_images']:,} training images. "
         f"Seeds {', '.join(map(str, seeds))}: the mean, and in brackets the least and the greatest. Training took "
-        f"{first['steps']} steps a cell, {minutes:.0f} minutes in all with tokenizers and probes. The paper's figures "
-        "are of ImageNet, 400 epochs, DiT-L.",
+        f"{first['steps']} steps a cell, {minutes:.0f} minutes of one process with tokenizers and probes. The paper's "
+        "figures are of ImageNet, 400 epochs, DiT-L.",
         PERCEPTUAL,
     ]
     steps = [name for name in TRAJECTORY if accuracies(rows, name)]
