@@ -41,6 +41,12 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=500 interpolant=gvp data=folder:photos."
     ),
 ]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
+    ),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -444,12 +450,7 @@ def sweep(
 @app.command()
 def probe(
     model: ModelArgument,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
-        ),
-    ] = None,
+    overrides: DataOverrides = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Features of this layer, by number or name; again for more. Default: all."),
@@ -555,12 +556,7 @@ def probe(
 @app.command()
 def denoise(
     model: ModelArgument,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
-        ),
-    ] = None,
+    overrides: DataOverrides = None,
     t: Annotated[
         list[float] | None, typer.Option(help="A time in [0, 1]; again for more. Default: 0.1, 0.3 and 0.6.")
     ] = None,

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -103,15 +103,24 @@ def save_denoised(
     pipeline: Pipeline, path: str | Path, *, times: Sequence[float] = TIMES, count: int = 8, seed: int = 0
 ) -> None:
     """Write a PNG: a column for each of `count` images, in rows clean, and for each time noisy and denoised."""
-    images = some_images(pipeline, count)
-    rows = [images, *(row for t in times for row in denoise(pipeline, images, t, seed=seed))]
-    save_grid(torch.cat(rows), path, columns=count)
+    _save_pairs(denoise, pipeline, path, times, count, seed)
 
 
 def save_noise(
     pipeline: Pipeline, path: str | Path, *, times: Sequence[float] = TIMES, count: int = 8, seed: int = 0
 ) -> None:
     """Write a PNG: a column for each of `count` images, in rows clean, for each time noise in pixels and in x."""
+    _save_pairs(compare_noise, pipeline, path, times, count, seed)
+
+
+def _save_pairs(
+    pair: Callable[..., tuple[Tensor, Tensor]],
+    pipeline: Pipeline,
+    path: str | Path,
+    times: Sequence[float],
+    count: int,
+    seed: int,
+) -> None:
     images = some_images(pipeline, count)
-    rows = [images, *(row for t in times for row in compare_noise(pipeline, images, t, seed=seed))]
+    rows = [images, *(row for t in times for row in pair(pipeline, images, t, seed=seed))]
     save_grid(torch.cat(rows), path, columns=count)

@@ -35,11 +35,11 @@ from mezzotint.progress import console
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
 from mezzotint.representations.image_space import FullBasisEncoder
-from mezzotint.representations.tokenizer import CLASSES, INFO, ConvVAE, PatchPCA, PatchTokenizer, TokenizerInfo
+from mezzotint.representations.tokenizer import CLASSES, INFO, ConvVAE, PatchPCA, PatchTokenizer
 from mezzotint.training import train
 from mezzotint.training.loop import make_objective
 from mezzotint.training.parallel import choose_device
-from mezzotint.training.tokenizers import TokenizerLosses, fit_tokenizer
+from mezzotint.training.tokenizers import TokenizerLosses, fit_tokenizer, tokenizer_info
 
 #: raise whenever a cell's figures change for the same settings
 VERSION = 1
@@ -457,14 +457,7 @@ def _per_call(call: Callable[[], object], times: int = 3) -> float:
 
 
 def _random_tokenizer(recipe: Recipe, here: torch.device) -> Any:
-    settings = recipe.representation
-    info = TokenizerInfo(
-        name=settings.name,
-        image_channels=recipe.data.channels,
-        stride=settings.stride,
-        channels=settings.channels,
-        fit=settings.fit,
-    )
+    info = tokenizer_info(recipe)
     with torch.random.fork_rng(devices=[]):
         return CLASSES[info.name](info).to(here)
 

@@ -74,14 +74,7 @@ def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quie
         split, held_out = "test", _images(recipe, "test")
     except NoSuchSplit:
         split, held_out = "train", dataset
-    info = TokenizerInfo(
-        name=settings.name,
-        image_channels=recipe.data.channels,
-        stride=settings.stride,
-        channels=settings.channels,
-        fit=settings.fit,
-        data=dataset.identity,
-    )
+    info = tokenizer_info(recipe, dataset.identity)
     tokenizer, losses = fit(info, dataset, recipe, here, quiet=quiet)
     some = next(sampled_batches(held_out, SHOWN, SHOWN, recipe)).to(here)
     with torch.no_grad():
@@ -99,6 +92,21 @@ def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quie
         if isinstance(tokenizer, PatchTokenizer):
             save_filters(tokenizer, folder / "filters.png")
     return metrics
+
+
+def tokenizer_info(recipe: Recipe, data: str = "") -> TokenizerInfo:
+    """What a tokenizer of the recipe's is, fitted to a data set of this identity."""
+    settings = recipe.representation
+    return TokenizerInfo.model_validate(
+        {
+            "name": settings.name,
+            "stride": settings.stride,
+            "channels": settings.channels,
+            "fit": settings.fit,
+            "image_channels": recipe.data.channels,
+            "data": data,
+        }
+    )
 
 
 def own_tokenizer(recipe: Recipe, run: Path, here: World, *, quiet: bool = False) -> Recipe:
