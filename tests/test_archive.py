@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_torchrun_and_a_kill(pipeline: mezzotint.Pipeline, tmp_path: Path) -> No
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     while process.poll() is None and not list(tmp_path.glob("s.npz.parts/0*.npy")):
-        pass
+        time.sleep(0.01)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -220,7 +220,8 @@ def test_pixel_noise_is_that_of_a_denoising_autoencoder(name: str) -> None:
 def test_it_trains_and_is_probed(mezzotint: Any, tmp_path: Path) -> None:
     words = [word for word in TINY if not word.startswith("objective")]
     words += ["training.steps=60", "training.lr=1e-2", "training.checkpoint_every=60"]
-    library.train(load_recipe("dae-digits", words), tmp_path / "run", quiet=True)
+    trained = mezzotint("train", "dae-digits", *words, "--out", tmp_path / "run")
+    assert f"next: mezzotint probe {tmp_path / 'run'}" in trained.err, "it cannot be sampled"
     lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/train"] for line in lines if "loss/train" in line]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])

@@ -96,6 +96,7 @@ def train(
     Ctrl-C saves a checkpoint and stops; --resume then continues bit for bit. To share the batch among processes:
     torchrun --nproc-per-node 2 $(which mezzotint) train RECIPE.
     """
+    from mezzotint.pipeline import check_sampling
     from mezzotint.recipe import load_recipe
     from mezzotint.training import train as run_training
     from mezzotint.training.parallel import is_main_process
@@ -103,12 +104,17 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
     try:
-        run_training(loaded, folder, resume=resume, device=device)
+        pipeline = run_training(loaded, folder, resume=resume, device=device)
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: mezzotint train {recipe} --out {folder} --resume")
         raise typer.Exit(130) from None
     if is_main_process():
-        console.print(f"trained {folder}; next: mezzotint sample {folder}", soft_wrap=True)
+        try:
+            check_sampling(pipeline)
+            step = "sample"
+        except MezzotintError:  # a denoising autoencoder is trained for its features
+            step = "probe"
+        console.print(f"trained {folder}; next: mezzotint {step} {folder}", soft_wrap=True)
 
 
 @app.command("fit-tokenizer")
