@@ -29,7 +29,7 @@ from mezzotint.backbones.text import (
     ngram_rows,
     pooled,
 )
-from mezzotint.conditions.text import Text, byte_tokens, join
+from mezzotint.conditions.text import Bytes, Text, byte_tokens, join
 from mezzotint.errors import MezzotintError
 
 DESIGNS = [
@@ -85,6 +85,16 @@ def test_byte_tokens() -> None:
     assert byte_tokens(["", ""], 3).mask.tolist() == [[True, False, False]] * 2
     assert byte_tokens(["half a \ud83d"], 20).tokens[0, 8] == 2 + ord("?")
     assert len(byte_tokens([], 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("captions", "length"), [((), 16), (("",), 16), (("a" * 15,), 16), (("b", "a" * 16), 32), (("a" * 90,), 40)]
+)
+def test_bytes_are_padded_to_a_step(captions: tuple[str, ...], length: int) -> None:
+    """A beginning and the bytes of the longest, in steps of 16, and never more than max_tokens."""
+    y = Bytes(40).encode(captions)
+    assert y.tokens.shape == (len(captions), length)
+    assert torch.equal(y.tokens, byte_tokens(captions, length).tokens)
 
 
 def test_joined_and_cut() -> None:

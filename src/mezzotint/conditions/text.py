@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,8 +79,12 @@ def byte_tokens(captions: Sequence[str], length: int) -> Text:
     return Text(tokens, tokens > 0)
 
 
+#: captions are padded to multiples of this: few shapes to compile for, and little padding
+LENGTH_STEP = 16
+
+
 class Bytes:
-    """`byte_tokens` of a fixed length, as a `Captioner`."""
+    """`byte_tokens` as long as the longest of the captions needs, as a `Captioner`."""
 
     width = 0
 
@@ -87,5 +92,7 @@ class Bytes:
         self.max_tokens, self.device = max_tokens, device
 
     def encode(self, captions: Sequence[str], *, cached: bool = True) -> Text:
-        """int64 (B, max_tokens) on the device."""
-        return byte_tokens(captions, self.max_tokens).to(self.device)
+        """int64 (B, T) on the device, T a multiple of LENGTH_STEP or max_tokens, the most."""
+        longest = 1 + max((len(caption.encode(errors="replace")) for caption in captions), default=0)
+        length = min(self.max_tokens, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
+        return byte_tokens(captions, length).to(self.device)
