@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
 PATCHED = ("backbone.patch_size=2", "backbone.hourglass=1")
 QUIET = ("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500")
-CONSTANT = "training.lr_schedule=constant"
+CONSTANT = ("training.lr_schedule=constant", "training.lr=1.5e-3")
 PLAIN = (
     *("backbone.outer=[]", "backbone.channels=[24,32,64,96]"),
     *("backbone.resblocks=[1,1,1,1]", "backbone.attention=[0,0,1,1]"),
@@ -89,13 +89,13 @@ STUDIES = {
     "mdm-emoji": Study(
         "mdm.md",
         "mdm-emoji-32",
-        0.25,
+        0.2,
         {
-            "nested, 16 pixels first": ("mdm-emoji-32", CONSTANT, "training.stages=[{levels: 1, steps: 350}]"),
-            "nested": ("mdm-emoji-32", CONSTANT, "training.stages=[]"),
-            "plain": ("mdm-emoji-32", CONSTANT, "training.stages=[]", *PLAIN),
+            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, "training.stages=[{levels: 1, steps: 300}]"),
+            "nested": ("mdm-emoji-32", *CONSTANT, "training.stages=[]"),
+            "plain": ("mdm-emoji-32", *CONSTANT, "training.stages=[]", *PLAIN),
         },
-        points=(0.5, 0.75, 1.0),
+        points=(0.5, 1.0),
         captions=True,
     ),
 }
