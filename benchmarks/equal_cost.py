@@ -89,9 +89,9 @@ STUDIES = {
     "mdm-emoji": Study(
         "mdm.md",
         "mdm-emoji-32",
-        0.2,
+        0.1,
         {
-            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, "training.stages=[{levels: 1, steps: 300}]"),
+            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, "training.stages=[{levels: 1, steps: 200}]"),
             "nested": ("mdm-emoji-32", *CONSTANT, "training.stages=[]"),
             "plain": ("mdm-emoji-32", *CONSTANT, "training.stages=[]", *PLAIN),
         },
