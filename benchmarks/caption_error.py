@@ -14,7 +14,7 @@ from measure import table
 
 from mezzotint import load
 from mezzotint.data import CaptionedDataset
-from mezzotint.errors import MezzotintError
+from mezzotint.data.transforms import to_float
 from mezzotint.training.loop import encoder_of
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -30,9 +30,9 @@ def main() -> None:
     pipeline = load(arguments.run)
     denoiser, dataset = pipeline.denoiser, pipeline.recipe.data.load("train")
     if not denoiser.text or not isinstance(dataset, CaptionedDataset):
-        raise MezzotintError("this model is not asked by captions; give a run of one that is")
+        raise SystemExit("this model is not asked by captions; give a run of one that is")
     numbers = torch.linspace(0, len(dataset) - 1, arguments.count, dtype=torch.float64).round().long().tolist()
-    images = torch.stack([dataset[number][0] for number in numbers]).float() / 127.5 - 1
+    images = to_float(torch.stack([dataset[number][0] for number in numbers]))
     captions = [found[0] for found in dataset.captions(numbers)]
     sizes = [math.prod(shape) for shape in denoiser.level_shapes][: arguments.levels]
     x = encoder_of(dataset, pipeline).encode(images)[:, : sum(sizes)]
@@ -44,9 +44,8 @@ def main() -> None:
         c = denoiser.interpolant.coefficients(t, x)
         found = [(denoiser(c.alpha * x + c.sigma * eps, t, y).data - x).square().split(sizes, dim=1) for y in asked]
         rows.append([f"{time:g}", *(f"{part.mean():.4f}" for parts in zip(*found, strict=True) for part in parts)])
-    heads = [f"{math.isqrt(shape[-1] * shape[-2])} px, {word}" for shape in denoiser.level_shapes[: len(sizes)]
-             for word in ("captions", "none")]  # fmt: skip
-    print(table(["t", *heads], rows))
+    sides = [shape[-1] for shape in denoiser.level_shapes[: len(sizes)]]
+    print(table(["t", *(f"{side} px, {told}" for side in sides for told in ("captions", "none"))], rows))
 
 
 if __name__ == "__main__":

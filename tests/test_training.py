@@ -203,8 +203,8 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(tiny: Recipe, whole:
 
 def test_kill_9_and_resume_ends_with_the_same_weights(tmp_path: Path) -> None:
     """A real process, killed without warning while it trains, twice; then continued to the end."""
-    command = [sys.executable, "-m", "mezzotint.cli", "train", "digits", *TINY, "training.steps=150", "data.flip=true"]
-    command.append("training.checkpoint_every=10")
+    words = [*TINY, "training.steps=150", "training.checkpoint_every=10", "data.flip=true"]
+    command = [sys.executable, "-m", "mezzotint.cli", "train", "digits", *words]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 

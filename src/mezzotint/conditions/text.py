@@ -93,6 +93,7 @@ class Bytes:
 
     def encode(self, captions: Sequence[str], *, cached: bool = True) -> Text:
         """int64 (B, T) on the device, T a multiple of LENGTH_STEP or max_tokens, the most."""
-        longest = 1 + max((len(caption.encode(errors="replace")) for caption in captions), default=0)
-        length = min(self.max_tokens, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
-        return byte_tokens(captions, length).to(self.device)
+        y = byte_tokens(captions, self.max_tokens)
+        longest = max(1, int(y.mask.any(0).sum()))
+        length = math.ceil(longest / LENGTH_STEP) * LENGTH_STEP
+        return Text(y.tokens[:, :length], y.mask[:, :length]).to(self.device)
