@@ -55,10 +55,12 @@ class Cell(NamedTuple):
 PATCHED = ("backbone.patch_size=2", "backbone.hourglass=1")
 QUIET = ("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500")
 CONSTANT = ("training.lr_schedule=constant", "training.lr=1.5e-3")
-PLAIN = (
-    *("backbone.outer=[]", "backbone.channels=[24,32,64,96]"),
-    *("backbone.resblocks=[1,1,1,1]", "backbone.attention=[0,0,1,1]"),
-)
+FIRST = "training.stages=[{levels: 1, steps: 300}]"
+ALL = "training.stages=[]"
+LARGER = "{channels: [16, 32], resblocks: [1, 1]}"
+INSIDE = "channels: [32, 64, 96], resblocks: [1, 1, 1], attention: [0, 1, 1]"
+WHOLE = "channels: [24, 32, 64, 96], resblocks: [1, 1, 1, 1], attention: [0, 0, 1, 1]"
+UNET = "backbone={{name: unet, {}, heads: 4, time_width: 256, text_width: 128, outer: [{}]}}"
 STUDIES = {
     "diffussm-digits": Study(
         "diffussm.md",
@@ -89,11 +91,12 @@ STUDIES = {
     "mdm-emoji": Study(
         "mdm.md",
         "mdm-emoji-32",
-        0.1,
+        0.15,
         {
-            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, "training.stages=[{levels: 1, steps: 200}]"),
-            "nested": ("mdm-emoji-32", *CONSTANT, "training.stages=[]"),
-            "plain": ("mdm-emoji-32", *CONSTANT, "training.stages=[]", *PLAIN),
+            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, FIRST, UNET.format(INSIDE, LARGER)),
+            "nested": ("mdm-emoji-32", *CONSTANT, ALL, UNET.format(INSIDE, LARGER)),
+            "plain": ("mdm-emoji-32", *CONSTANT, ALL, UNET.format(WHOLE, "")),
+            "DiT inside, 16 pixels first": ("mdm-emoji-32", *CONSTANT, FIRST),
         },
         points=(0.5, 1.0),
         captions=True,

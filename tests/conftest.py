@@ -33,8 +33,9 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
+    """Before any other fixture: as many threads compute the same last bits."""
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""Clips: a UNet with frames, and a Matryoshka network of more frames outside than inside, from data to GIF."""
+"""Clips: a UNet and a DiT with frames, and Matryoshka networks of more frames outside than inside, from data to GIF."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mezzotint.recipe import Recipe, load_recipe, override_recipe
 
 UNET = "name: unet, channels: [8], resblocks: [1], attention: [0], temporal_attention: [1], middle: false, groups: 4"
 OUTER = "outer: [{channels: [8, 8], resblocks: [1, 1], groups: 4, frame_ratio: 2, temporal_attention: [0, 1]}]"
-NETWORKS = {"unet": UNET, "nested": f"{UNET}, {OUTER}"}
+DIT = "name: dit, patch_size: 4, width: 16, depth: 2"
+NETWORKS = {"unet": UNET, "dit": DIT, "nested": f"{UNET}, {OUTER}", "nested-dit": f"{DIT}, {OUTER}"}
 SHORT = (
     "data={name: moving-digits, size: 16, frames: 4, examples: 20}",
     "training={steps: 2, batch_size: 2, ema_warmup: true, log_every: 1, checkpoint_every: 100}",
@@ -66,7 +67,7 @@ def test_trains_and_samples_clips(network: str, whole: Path) -> None:
     assert clips.shape == (3, 4, 1, 16, 16)
     assert clips.isfinite().all()
     torch.testing.assert_close(clips, mezzotint.sample(pipeline, [3, 8], count=3, batch_size=1), rtol=1e-4, atol=1e-4)
-    if network == "nested":
+    if network.startswith("nested"):
         assert pipeline.denoiser.level_shapes == ((2, 1, 8, 8), (4, 1, 16, 16))
         low, high = sample_levels(pipeline, [3, 8], count=3)
         assert low.shape == (3, 2, 1, 8, 8)
@@ -98,7 +99,7 @@ def test_the_network_is_given_the_clips(network: str, tmp_path: Path, monkeypatc
     dataset = recipe.data.load("train")
     for step, x in enumerate(seen):
         clips = to_float(torch.stack([dataset[int(i)][0] for i in BatchOrder(20, 2, recipe.seed).indices(step)]))  # type: ignore[index]
-        if network == "unet":
+        if not network.startswith("nested"):
             assert torch.equal(x, clips)
         else:
             low = torch.stack([F.avg_pool2d(clips[:, f], 2) for f in (0, 2)], dim=1)
@@ -118,6 +119,21 @@ def test_stages_of_clips(tmp_path: Path) -> None:
     recipe = recipe_of("nested", "training.stages=[{levels: 1, steps: 1}]", "training.validate_every=1")
     mezzotint.train(recipe, tmp_path / "run", quiet=True)
     assert list(metrics(tmp_path / "run", "loss/validation")) == [1, 2]
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_learned_variance_of_clips(network: str, tmp_path: Path) -> None:
+    learned = ["variance=learned", "interpolant={name: ddpm, num_steps: 100}", "target=noise", "time_input=[1000, -1]"]
+    recipe = recipe_of(network, *learned, "sampling={sampler: ddpm, steps: 2}")
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    pipeline = mezzotint.load(tmp_path / "run")
+    x, t, y = torch.ones(2, *pipeline.denoiser.in_shape), torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int64)
+    prediction = pipeline.denoiser(x, t, y)
+    both = pipeline.denoiser.backbone(x, 1000 * t - 1, y)
+    assert prediction.variance is not None
+    assert torch.equal(prediction.output, both[:, :, :1])
+    assert torch.equal(prediction.variance, both[:, :, 1:])
+    assert mezzotint.sample(pipeline, [3], count=2).isfinite().all()
 
 
 def test_clips_by_captions(tmp_path: Path) -> None:
@@ -156,7 +172,11 @@ def test_clips_on_the_command_line(command: Command, whole: Path, tmp_path: Path
     ("network", "overrides", "message"),
     [
         ("nested", ["data.frames=5"], r"frame_ratio makes 2 times as many frames as inside, which does not divide"),
-        ("unet", ["backbone=dit-s-2", "backbone.patch_size=2"], "clips need a network with time, and dit has none"),
+        (
+            "unet",
+            ["backbone={name: diffussm, width: 16, depth: 1}"],
+            "clips need a network with time, and diffussm has",
+        ),
         ("nested", ["data={name: digits, size: 16, frames: 0, examples: 10000}"], "frame_ratio makes 2 times"),
     ],
 )

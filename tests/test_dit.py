@@ -237,6 +237,26 @@ def test_rectangular_input() -> None:
     torch.testing.assert_close(model(x.roll((2, 4), (2, 3)), t, y), output.roll((2, 4), (2, 3)))
 
 
+@pytest.mark.parametrize("conditioning", BLOCKS)
+def test_a_clip_is_one_sequence_of_all_frames(conditioning: Any) -> None:
+    """Frames one below the other are an image of the same tokens; only the table of positions is another."""
+    clips, tall = tiny(frames=3, conditioning=conditioning), tiny(input_size=(12, 4), conditioning=conditioning)
+    for model in (clips, tall):
+        fill(model.parameters())
+    angle = torch.arange(3, dtype=torch.float64).unsqueeze(1) * 10_000 ** (-torch.arange(8) / 8)
+    in_time = torch.cat([angle.sin(), angle.cos()], dim=1).repeat_interleave(4, dim=0)
+    torch.testing.assert_close(clips.pos_embed[0].double(), position_table(16, 2, 2).repeat(3, 1).double() + in_time)
+    tall.pos_embed = clips.pos_embed
+    x, t, y = batch(12, 4)
+    frames = x.unflatten(2, (3, 4)).transpose(1, 2)
+    output, features = clips.forward_features(frames, t, y, torch.ones(2, 3, 16, 2, 2))
+    expected, maps = tall.forward_features(x, t, y, torch.ones(2, 16, 6, 2))
+    torch.testing.assert_close(output, expected.unflatten(2, (3, 4)).transpose(1, 2))
+    torch.testing.assert_close(features, maps.unflatten(2, (3, 2)).transpose(1, 2))
+    with pytest.raises(MezzotintError, match=r"expected \(B, 3, 2, 4, 4\); resize it or .* in_channels and frames"):
+        clips(x, t, y)
+
+
 def test_attributes() -> None:
     model = tiny(out_channels=None, input_size=(4, 8))
     assert (model.in_channels, model.out_channels, model.input_size, model.num_classes) == (2, 2, (4, 8), 3)

@@ -85,9 +85,9 @@ class Model(Protocol):
 class Denoiser(nn.Module):
     """A backbone, and what its input time and its output mean.
 
-    The backbone is called as backbone(x, network_time, y). For images its output may have twice the input's channels:
-    the second half is the learned variance if `learned_variance`, and dropped otherwise (as SiT does with DiT's doubled
-    output).
+    The backbone is called as backbone(x, network_time, y). For images and clips its output may have twice the input's
+    channels: the second half is the learned variance if `learned_variance`, and dropped otherwise (as SiT does with
+    DiT's doubled output).
 
     network_time = scale·t + offset, with (scale, offset) = `time_input`: (1000, −1) is DiT's step index for a
     1,000-step schedule, (−1, 1) is SiT's reversed time.
@@ -190,8 +190,8 @@ class Denoiser(nn.Module):
         variance = left_out = None
         if self.space is not None:
             output, left_out = self.space.from_network(output)
-        if x.ndim == 4 and output.shape[1] == 2 * x.shape[1]:
-            output, second_half = output.chunk(2, dim=1)
+        if x.ndim > 3 and output.shape[-3] == 2 * x.shape[-3]:
+            output, second_half = output.chunk(2, dim=-3)
             variance = second_half if self.learned_variance else None
         return Prediction(x, output, self.target, self.interpolant.coefficients(t, x), variance, left_out)
 

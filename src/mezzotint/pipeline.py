@@ -111,9 +111,9 @@ def build_backbone(recipe: Recipe) -> nn.Module:
         "text_features": settings.text_features,
     }
     frames = recipe.data.frames // math.prod(level.frame_ratio for level in settings.outer)
-    if settings.name == "unet":
+    if settings.name != "diffussm":
         shape["frames"] = frames
-    else:
+    if settings.name != "unet":
         shape["out_patch_size"] = settings.patch_size * output[1] // height
     network = BACKBONES[settings.name](**shape, **settings.options())
     for level in settings.outer:

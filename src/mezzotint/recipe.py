@@ -572,8 +572,8 @@ class Recipe(Settings):
             )
         if backbone.outer and self.variance != "none":
             raise ValueError("a Matryoshka network has no learned variance; set variance=none")
-        if backbone.name != "unet" and self.data.frames:
-            raise ValueError(f"clips need a network with time, and {backbone.name} has none; set backbone=unet")
+        if backbone.name == "diffussm" and self.data.frames:
+            raise ValueError("clips need a network with time, and diffussm has none; set backbone to dit or unet")
         ratio = math.prod(level.frame_ratio for level in backbone.outer)
         if self.data.frames % ratio or (ratio > 1 and not self.data.frames):
             raise ValueError(

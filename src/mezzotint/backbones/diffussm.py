@@ -220,7 +220,7 @@ class DiffuSSM(nn.Module):
         return [layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)] + text
 
     def _encoded(self, x: Tensor) -> Tensor:
-        check_input(x, self.in_channels, self.input_size)
+        check_input(x, (self.in_channels, *self.input_size))
         return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
 
     def _through(self, groups: Tensor, conditions: Sequence[Tensor]) -> Tensor:

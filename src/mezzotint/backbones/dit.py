@@ -23,6 +23,7 @@ from mezzotint.backbones.layers import (
     out_shape,
     patch_grid,
     position_table,
+    sinusoids,
     unpatchify,
 )
 from mezzotint.backbones.text import condition_embedding, embedded
@@ -42,6 +43,9 @@ class DiT(nn.Module):
     image's tokens attend to time and the caption's tokens; in-context, these travel in the sequence. Padding is masked.
 
     Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
+
+    frames: F above 0 for clips, (B, F, C, H, W). The patches of all frames are one sequence, each attended to by all,
+    and sine-cosine positions in time are added to those in space.
 
     With `adaln_ratio` each conditioning layer has a hidden one of so many times the width (l-DAE: 1/4), which makes
     adaptive LayerNorm cheap. `out_patch_size` is the side of an output patch, `patch_size` where not given.
@@ -70,6 +74,7 @@ class DiT(nn.Module):
         freq_shift: int = 0,
         adaln_ratio: float | None = None,
         out_patch_size: int | None = None,
+        frames: int = 0,
     ) -> None:
         super().__init__()
         if conditioning not in BLOCKS:
@@ -86,7 +91,9 @@ class DiT(nn.Module):
         self.grid = patch_grid(self.input_size, patch_size)
         self.feature_channels = width
         self.feature_stride = (patch_size, patch_size)
+        self.frames = frames
         self.in_channels = in_channels
+        self.in_shape = (*((frames,) if frames else ()), in_channels, *self.input_size)
         self.out_channels = in_channels if out_channels is None else out_channels
         self.num_classes = num_classes
         self.text_features = text_features
@@ -97,7 +104,11 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedding(width, freq_shift)
         self.y_embedder = condition_embedding(num_classes, text_features, width)
-        self.register_buffer("pos_embed", position_table(width, *self.grid).unsqueeze(0))
+        positions = position_table(width, *self.grid)
+        if frames:
+            moments = sinusoids(torch.arange(frames, dtype=torch.float64), width).to(positions.dtype)
+            positions = (moments.unsqueeze(1) + positions).flatten(0, 1)
+        self.register_buffer("pos_embed", positions.unsqueeze(0))
         own = {"adaln_hidden": hidden} if self.adaptive else {}
         self.blocks = nn.ModuleList(BLOCKS[conditioning](width, heads, mlp_ratio, **own) for _ in range(depth))
         self.final_layer = FinalLayer(width, self.out_patch_size**2 * self.out_channels, self.adaptive, hidden)
@@ -129,7 +140,7 @@ class DiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, condition: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """(B, in_channels, H, W) → (B, *out_shape), (out_channels, H, W) but for an `out_patch_size` of its own.
+        """(B, [F,] in_channels, H, W) → (B, [F,] *out_shape), (out_channels, H, W) but for an own `out_patch_size`.
 
         Computed in the parameters' dtype, whatever that of `x`; the output has it, too. `t` (B,) is time as the
         sinusoids see it (DiT: 0 to 999), best in float32. `y`: labels (B,) int64 in [0, num_classes], or a Text of B
@@ -150,13 +161,15 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`forward`, for a network inside another: its output, and its tokens before the final layer.
 
-        `features` (B, feature_channels, H / p, W / p) are added to the tokens that enter the blocks; the tokens that
-        leave them have that shape, too. Raises MezzotintError as `forward`, and for features of another shape.
+        `features` (B, [F,] feature_channels, H / p, W / p) are added to the tokens that enter the blocks; the tokens
+        that leave them have that shape, too. Raises MezzotintError as `forward`, and for features of another shape.
         """
-        check_input(x, self.in_channels, self.input_size)
+        check_input(x, self.in_shape)
         conditions = self.condition(t, y) if condition is None else condition
-        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        tokens = add_features(tokens, features, self.grid)
+        if self.frames:
+            x, features = x.flatten(0, 1), None if features is None else features.flatten(0, 1)
+        tokens = add_features(self.x_embedder(x.to(self.pos_embed.dtype)), features, self.grid)
+        tokens = tokens.reshape(-1, *self.pos_embed.shape[1:]) + self.pos_embed
         length, final = tokens.shape[1], None
         given: list[tuple[Tensor, ...]]
         if self.adaptive:
@@ -172,7 +185,11 @@ class DiT(nn.Module):
             tokens = block(tokens, *c_and_mask)
         tokens = tokens[:, :length]
         output = unpatchify(self.final_layer(tokens, final), self.out_patch_size, self.out_shape)
-        return output, as_features(tokens, self.grid)
+        if not self.frames:
+            return output, as_features(tokens, self.grid)
+        tokens = tokens.unflatten(1, (self.frames, -1))
+        features = as_features(tokens.flatten(0, 1), self.grid).unflatten(0, (-1, self.frames))
+        return output.unflatten(0, (-1, self.frames)), features
 
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
         """What the blocks and the final layer are given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).

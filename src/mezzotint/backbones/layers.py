@@ -103,12 +103,13 @@ def patch_grid(input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return rows // patch_size, columns // patch_size
 
 
-def check_input(x: Tensor, channels: int, size: tuple[int, int]) -> None:
-    """Raises MezzotintError unless x is (B, channels, *size)."""
-    if x.shape[1:] != (channels, *size):
+def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises MezzotintError unless x is (B, *shape)."""
+    if x.shape[1:] != shape:
+        arguments = "input_size, in_channels and frames" if len(shape) > 3 else "input_size and in_channels"
         raise MezzotintError(
-            f"input has shape {tuple(x.shape)}, expected (B, {channels}, {size[0]}, {size[1]}); "
-            "resize it or build the network with that input_size and in_channels"
+            f"input has shape {tuple(x.shape)}, expected (B, {', '.join(map(str, shape))}); resize it or build the "
+            f"network with that {arguments}"
         )
 
 

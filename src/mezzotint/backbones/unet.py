@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import Attention, LabelEmbedding, Layer, TimestepEmbedding, checked_heads, sinusoids
+from mezzotint.backbones.layers import (
+    Attention,
+    LabelEmbedding,
+    Layer,
+    TimestepEmbedding,
+    check_input,
+    checked_heads,
+    sinusoids,
+)
 from mezzotint.backbones.text import condition_embedding, embedded, pooled
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -254,12 +262,7 @@ class UNet(Trunk):
         `features` ([F,] feature_channels, H, W for each example) are added to what the input layer gives. `y` may be
         what `embed_condition` made of it.
         """
-        if x.shape[1:] != self.in_shape:
-            expected = ", ".join(map(str, self.in_shape))
-            raise MezzotintError(
-                f"input has shape {tuple(x.shape)}, expected (B, {expected}); resize it or build the network with that "
-                "input_size, in_channels and frames"
-            )
+        check_input(x, self.in_shape)
         condition = self.embed_condition(y)
         embedding = self.embed_time(t, condition, scale)
         skips = self.encode(self.fold(x), None if features is None else self.fold(features), embedding, condition)

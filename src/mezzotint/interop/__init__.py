@@ -231,6 +231,8 @@ def _refuse_other_networks(checkpoint: Checkpoint, to: Format) -> None:
         kind: str | None = "a Matryoshka network"
     elif backbone.text_features is not None and backbone.name == "dit":
         kind = "a DiT that reads captions"
+    elif checkpoint.recipe.data.frames:
+        kind = "a network of clips"
     else:
         kind = kinds.get(backbone.name)
     if kind is not None:
