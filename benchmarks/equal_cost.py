@@ -55,7 +55,7 @@ class Cell(NamedTuple):
 PATCHED = ("backbone.patch_size=2", "backbone.hourglass=1")
 QUIET = ("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500")
 CONSTANT = ("training.lr_schedule=constant", "training.lr=1.5e-3")
-FIRST = "training.stages=[{levels: 1, steps: 300}]"
+FIRST = "training.stages=[{levels: 1, steps: 200}]"
 ALL = "training.stages=[]"
 LARGER = "{channels: [16, 32], resblocks: [1, 1]}"
 INSIDE = "channels: [32, 64, 96], resblocks: [1, 1, 1], attention: [0, 1, 1]"
@@ -91,12 +91,11 @@ STUDIES = {
     "mdm-emoji": Study(
         "mdm.md",
         "mdm-emoji-32",
-        0.15,
+        0.08624,
         {
             "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, FIRST, UNET.format(INSIDE, LARGER)),
             "nested": ("mdm-emoji-32", *CONSTANT, ALL, UNET.format(INSIDE, LARGER)),
             "plain": ("mdm-emoji-32", *CONSTANT, ALL, UNET.format(WHOLE, "")),
-            "DiT inside, 16 pixels first": ("mdm-emoji-32", *CONSTANT, FIRST),
         },
         points=(0.5, 1.0),
         captions=True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mezzotint.backbones import DiT
 from mezzotint.backbones.nested import MDM_CONFIGS, NestedUNet, nest, pack, unpack
 from mezzotint.backbones.unet import UNet
 from mezzotint.conditions.text import Text
@@ -249,6 +251,17 @@ def test_adapters_of_patches_see_one_patch_each() -> None:
 
 
 @torch.no_grad()
+def test_low_resolutions_with_a_condition_embedded_ahead() -> None:
+    """As guidance embeds it, once for all steps: whatever the network inside is."""
+    dit = DiT(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, num_classes=5)
+    y = torch.tensor([3, 5])
+    for network in (dense(around(dit)), dense(around(small(num_classes=5)))):
+        x = noise(2, *network.in_shape)
+        for count in (math.prod(network.level_shapes[0]), x.shape[1]):
+            expected = network(x[:, :count], T, y)
+            assert torch.equal(network(x[:, :count], T, network.embed_condition(y)), expected)
+
+
 def test_more_frames_outside_than_inside() -> None:
     network = dense(around(Film(), frames=6, channels=(8, 8)))
     assert network.level_shapes == ((2, 1, 4, 4), (6, 1, 8, 8))

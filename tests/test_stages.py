@@ -21,6 +21,7 @@ import mezzotint
 from mezzotint.backbones.nested import unpack
 from mezzotint.data import BatchOrder, digits, iterate_batches
 from mezzotint.errors import MezzotintError
+from mezzotint.objectives import Draw, Objective
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
 from mezzotint.training import loop
@@ -189,6 +190,25 @@ def test_every_stage_has_its_own_batches_and_schedule(recipe: Recipe, tmp_path: 
     expected = [4e-3 * (1 - k / 4) for k in range(4)] + [0.5e-3, 1e-3]
     expected += [0.5e-3 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert list(metrics(tmp_path / "run", "lr").values()) == pytest.approx(expected)
+
+
+def test_a_stage_has_its_own_times(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near t = 1 in the first stage, of logit t = 6; on the schedule's twenty steps after it."""
+    seen: list[Tensor] = []
+    forward = Objective.forward
+
+    def note(objective: Objective, x: Tensor, y: Any, draw: Draw) -> Any:
+        seen.append(draw.t)
+        return forward(objective, x, y, draw)
+
+    monkeypatch.setattr(Objective, "forward", note)
+    stages = "training.stages=[{levels: 1, steps: 3, times: logit-normal, time_mean: 6, time_std: 0.01}]"
+    mezzotint.train(override_recipe(recipe, [stages]), tmp_path / "run", quiet=True)
+    first, then = torch.cat(seen[:3]), torch.cat(seen[3:])
+    torch.testing.assert_close(first.logit(), torch.full_like(first, 6), rtol=0, atol=0.1)
+    assert len(first) == len(then) == 12
+    torch.testing.assert_close(20 * then, (20 * then).round())
+    assert then.min() < 0.7
 
 
 def test_a_later_stage_has_an_order_of_its_own(recipe: Recipe, tmp_path: Path) -> None:

@@ -398,6 +398,12 @@ class Stage(Settings):
     """After warm-up: constant, or a decay to zero at the stage's last step."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
+    times: Literal["auto", "uniform", "discrete", "logit-normal"] | None = None
+    """Distribution of training times; this and the next two in place of the objective's."""
+    time_mean: float | None = None
+    """logit-normal: mean of logit t."""
+    time_std: float | None = Field(None, gt=0)
+    """logit-normal: standard deviation of logit t."""
 
 
 class TrainingSettings(Settings):
@@ -450,12 +456,14 @@ class TrainingSettings(Settings):
 
     def plan(self) -> list[StagePlan]:
         """The stages in turn, the last one that of all levels, each with settings of its own."""
-        plan, first = [], 0
+        plan, first, times = [], 0, {"times", "time_mean", "time_std"}
         for stage in self.stages:
-            given = stage.model_dump(exclude={"levels"}, exclude_none=True)
-            plan.append(StagePlan(first, stage.levels, self.model_copy(update={**given, "stages": ()})))
+            given = stage.model_dump(exclude={"levels"} | times, exclude_none=True)
+            own = self.model_copy(update={**given, "stages": ()})
+            plan.append(StagePlan(first, stage.levels, own, stage.model_dump(include=times, exclude_none=True)))
             first += stage.steps
-        return [*plan, StagePlan(first, None, self.model_copy(update={"steps": self.steps - first, "stages": ()}))]
+        own = self.model_copy(update={"steps": self.steps - first, "stages": ()})
+        return [*plan, StagePlan(first, None, own, {})]
 
 
 class StagePlan(NamedTuple):
@@ -467,6 +475,8 @@ class StagePlan(NamedTuple):
     """Levels that are trained, None for all."""
     settings: TrainingSettings
     """Its own, `steps` those of this stage alone."""
+    objective: dict[str, Any]
+    """What replaces the objective's settings."""
 
 
 class Recipe(Settings):

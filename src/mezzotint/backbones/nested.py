@@ -134,7 +134,14 @@ class NestedUNet(Trunk):
         self.in_adapter, self.out_adapter = _adapters(channels[-1], network.feature_channels, network.feature_stride)
         self.inner = inner
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | Text | None = None, *, scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | Text | EmbeddedCondition | None = None,
+        *,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """(B, N) → (B, N); for a pyramid of the first k levels only, (B, N_k) → (B, N_k).
 
         `t`, `y`, `scale` and dtypes are UNet's. Raises MezzotintError for an `x` of another size, and as the networks.
@@ -144,6 +151,8 @@ class NestedUNet(Trunk):
             return self.forward_features(x, t, y, scale=scale)[0]
         if isinstance(self.inner, NestedUNet):
             return self.inner(x, t, y, scale=scale)
+        if self.y_embedder is not None and isinstance(y, EmbeddedCondition):
+            y = y.y  # only UNets know the embedded one
         return self.inner(levels[0], t, y, **self._told(scale)).flatten(1)
 
     def forward_features(

@@ -122,7 +122,15 @@ def train(
         if settings.compile:
             backbone.compile()
         null = pipeline.no_caption if text else None
-        objectives = [make_objective(recipe, denoiser, stage.levels, null) for stage in plan]
+        objectives = [
+            make_objective(
+                recipe.model_copy(update={"objective": recipe.objective.model_copy(update=stage.objective)}),
+                denoiser,
+                stage.levels,
+                null,
+            )
+            for stage in plan
+        ]
         if recipe.representation.name in TOKENIZERS:
             pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet)
             check_latents(train_set, pipeline.recipe)
