@@ -18,6 +18,7 @@ from mezzotint.archive import sample_to_npz
 from mezzotint.data import BatchOrder
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
+from mezzotint.interop import convert
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import sample_levels
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
@@ -134,6 +135,14 @@ def test_learned_variance_of_clips(network: str, tmp_path: Path) -> None:
     assert torch.equal(prediction.output, both[:, :, :1])
     assert torch.equal(prediction.variance, both[:, :, 1:])
     assert mezzotint.sample(pipeline, [3], count=2).isfinite().all()
+
+
+def test_clips_stay_in_the_librarys_own_formats(network: str, whole: Path, tmp_path: Path) -> None:
+    kind = "a Matryoshka network" if network.startswith("nested") else "a network of clips"
+    for other in ("official", "diffusers"):
+        with pytest.raises(MezzotintError, match=f"is {kind}, and the format '{other}' is for DiT and SiT"):
+            convert(whole, tmp_path / other, to=other)
+    assert not any(tmp_path.iterdir())
 
 
 def test_clips_by_captions(tmp_path: Path) -> None:
