@@ -262,6 +262,7 @@ def test_low_resolutions_with_a_condition_embedded_ahead() -> None:
             assert torch.equal(network(x[:, :count], T, network.embed_condition(y)), expected)
 
 
+@torch.no_grad()
 def test_more_frames_outside_than_inside() -> None:
     network = dense(around(Film(), frames=6, channels=(8, 8)))
     assert network.level_shapes == ((2, 1, 4, 4), (6, 1, 8, 8))
