@@ -406,6 +406,10 @@ class Stage(Settings):
     """logit-normal: standard deviation of logit t."""
 
 
+#: what of a stage is in place of the objective's settings, under the same names
+STAGE_TIMES = {"times", "time_mean", "time_std"}
+
+
 class TrainingSettings(Settings):
     """The loop."""
 
@@ -456,14 +460,13 @@ class TrainingSettings(Settings):
 
     def plan(self) -> list[StagePlan]:
         """The stages in turn, the last one that of all levels, each with settings of its own."""
-        plan, first, times = [], 0, {"times", "time_mean", "time_std"}
+        plan, first = [], 0
         for stage in self.stages:
-            given = stage.model_dump(exclude={"levels"} | times, exclude_none=True)
-            own = self.model_copy(update={**given, "stages": ()})
-            plan.append(StagePlan(first, stage.levels, own, stage.model_dump(include=times, exclude_none=True)))
+            given = stage.model_dump(exclude={"levels"}, exclude_none=True)
+            times = {key: given.pop(key) for key in STAGE_TIMES & given.keys()}
+            plan.append(StagePlan(first, stage.levels, self.model_copy(update={**given, "stages": ()}), times))
             first += stage.steps
-        own = self.model_copy(update={"steps": self.steps - first, "stages": ()})
-        return [*plan, StagePlan(first, None, own, {})]
+        return [*plan, StagePlan(first, None, self.model_copy(update={"steps": self.steps - first, "stages": ()}), {})]
 
 
 class StagePlan(NamedTuple):
@@ -475,8 +478,8 @@ class StagePlan(NamedTuple):
     """Levels that are trained, None for all."""
     settings: TrainingSettings
     """Its own, `steps` those of this stage alone."""
-    objective: dict[str, Any]
-    """What replaces the objective's settings."""
+    times: dict[str, Any]
+    """What it has in place of the objective's settings."""
 
 
 class Recipe(Settings):

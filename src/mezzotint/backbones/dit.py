@@ -187,9 +187,8 @@ class DiT(nn.Module):
         output = unpatchify(self.final_layer(tokens, final), self.out_patch_size, self.out_shape)
         if not self.frames:
             return output, as_features(tokens, self.grid)
-        tokens = tokens.unflatten(1, (self.frames, -1))
-        features = as_features(tokens.flatten(0, 1), self.grid).unflatten(0, (-1, self.frames))
-        return output.unflatten(0, (-1, self.frames)), features
+        frames = as_features(tokens.unflatten(1, (self.frames, -1)).flatten(0, 1), self.grid)
+        return output.unflatten(0, (-1, self.frames)), frames.unflatten(0, (-1, self.frames))
 
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
         """What the blocks and the final layer are given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).

@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -122,15 +122,7 @@ def train(
         if settings.compile:
             backbone.compile()
         null = pipeline.no_caption if text else None
-        objectives = [
-            make_objective(
-                recipe.model_copy(update={"objective": recipe.objective.model_copy(update=stage.objective)}),
-                denoiser,
-                stage.levels,
-                null,
-            )
-            for stage in plan
-        ]
+        objectives = [make_objective(recipe, denoiser, stage.levels, null, stage.times) for stage in plan]
         if recipe.representation.name in TOKENIZERS:
             pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet)
             check_latents(train_set, pipeline.recipe)
@@ -259,13 +251,17 @@ def train(
 
 
 def make_objective(
-    recipe: Recipe, denoiser: Denoiser, levels: int | None = None, null: Text | None = None
+    recipe: Recipe,
+    denoiser: Denoiser,
+    levels: int | None = None,
+    null: Text | None = None,
+    times_of_stage: Mapping[str, Any] | None = None,
 ) -> Objective:
     """The recipe's training objective for this denoiser, of the first `levels` of a pyramid (None: of all).
 
-    null: the empty caption, where the condition is captions.
+    null: the empty caption, where the condition is captions. times_of_stage: in place of the recipe's, `StagePlan`'s.
     """
-    settings, path = recipe.objective, denoiser.interpolant
+    settings, path = recipe.objective.model_copy(update=times_of_stage), denoiser.interpolant
     weights = weighting(settings.weighting, min_snr_gamma=settings.min_snr_gamma)
     t_min, t_max = training_range(path, denoiser.target, weights, settings.time_eps)
     times = settings.times
