@@ -3,7 +3,7 @@
 A study is a data set, a budget in training multiply-adds, and cells, each a recipe with overrides. A cell gets as many
 steps as the budget pays for, and its runs and scores are kept below --out, so that the same command goes on where it
 was stopped. Scores are `mezzotint evaluate`'s: of 1,000 samples against held-out images in the features of the data
-set's own classifier, or, of captions, for how many of 200 the sample is nearest to its own image in --features.
+set's own classifier.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 from measure import table, write_section
 
 from mezzotint import load
-from mezzotint.evaluation.captions import score_captions
 from mezzotint.evaluation.cost import recipe_cost
-from mezzotint.evaluation.features import feature_network
 from mezzotint.evaluation.scores import evaluate
 from mezzotint.files import write_text
 from mezzotint.recipe import Recipe, load_recipe, override_recipe
@@ -40,8 +38,6 @@ class Study(NamedTuple):
     """Label: recipe, and overrides."""
     points: tuple[float, ...] = (1.0,)
     """Shares of a cell's training after which it is scored; before the last one, its learning rate must be constant."""
-    captions: bool = False
-    """Whether captions are scored."""
 
 
 class Cell(NamedTuple):
@@ -54,14 +50,20 @@ class Cell(NamedTuple):
 
 PATCHED = ("backbone.patch_size=2", "backbone.hourglass=1")
 QUIET = ("training.sample_every=0", "training.validate_every=0", "training.checkpoint_every=500")
-# The rate does not fall; it rises over 8 or 9 steps, 160 being to the recipe's 10,600 as those are to a cell's.
-CONSTANT = ("training.lr_schedule=constant", "training.lr=1.5e-3", "training.warmup_steps=160")
-UNET = "name: unet, heads: 4, time_width: 256, text_width: 128"
+UNET = "name: unet, heads: 4, time_width: 128"
 NESTED = (
-    f"backbone={{{UNET}, channels: [32, 64, 96], resblocks: [1, 1, 1], attention: [0, 1, 1], "
+    f"backbone={{{UNET}, channels: [32, 48, 64], resblocks: [1, 1, 1], attention: [0, 1, 1], "
     "outer: [{channels: [16, 32], resblocks: [1, 1]}]}"
 )
-PLAIN = f"backbone={{{UNET}, channels: [24, 32, 64, 96], resblocks: [1, 1, 1, 1], attention: [0, 0, 1, 1], outer: []}}"
+PLAIN = f"backbone={{{UNET}, channels: [24, 32, 48, 64], resblocks: [1, 1, 1, 1], attention: [0, 0, 1, 1], groups: 8}}"
+# As the paper's networks: the cosine schedule, v, and a rate that does not fall, so that every point is an end.
+PAPERS = (
+    "interpolant=cosine",
+    "target=v",
+    "time_input=[1000, -1]",
+    "training={batch_size: 16, lr_schedule: constant, stages: []}",
+    "sampling=dpm-solver++",
+)
 STUDIES = {
     "diffussm-digits": Study(
         "diffussm.md",
@@ -89,17 +91,16 @@ STUDIES = {
             "patches of 2": ("diffussm-fashion-mnist", *PATCHED, "backbone.width=104"),
         },
     ),
-    "mdm-emoji": Study(
+    "mdm-fashion-mnist": Study(
         "mdm.md",
-        "mdm-emoji-32",
-        0.08624,
+        "fashion-mnist",
+        0.5,
         {
-            "nested, 16 pixels first": ("mdm-emoji-32", *CONSTANT, NESTED, "training.stages=[{levels: 1, steps: 200}]"),
-            "nested": ("mdm-emoji-32", *CONSTANT, NESTED, "training.stages=[]"),
-            "plain": ("mdm-emoji-32", *CONSTANT, PLAIN, "training.stages=[]"),
+            "nested, 16 pixels first": ("fashion-mnist", *PAPERS, NESTED, "training.stages=[{levels: 1, steps: 1000}]"),
+            "nested": ("fashion-mnist", *PAPERS, NESTED),
+            "plain": ("fashion-mnist", *PAPERS, PLAIN),
         },
-        points=(0.5, 1.0),
-        captions=True,
+        points=(0.4, 0.7, 1.0),
     ),
 }
 
@@ -109,9 +110,8 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cells", nargs="+", help="Only these, by label.")
-    parser.add_argument("--count", type=int, help="Samples; default: 1,000, or 200 captions.")
+    parser.add_argument("--count", type=int, default=1000, help="Samples; default: 1,000.")
     parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--features", help="For captions: a feature network, as of `mezzotint evaluate`.")
     parser.add_argument("--sampler", help="Instead of the recipe's.")
     parser.add_argument("--steps", type=int, help="Of the sampler, instead of the recipe's.")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-cost"))
@@ -138,32 +138,24 @@ def main() -> None:
                     steps = steps_for(recipe, point * gmacs)
                     part = override_recipe(recipe, [f"training.steps={steps}"])
                     train(part, folder, resume=(folder / "recipe.yaml").is_file())
-                    write_text(file, json.dumps(score(study, folder, seed, arguments), indent=2) + "\n")
+                    write_text(file, json.dumps(score(folder, seed, arguments), indent=2) + "\n")
                 if file.is_file():
                     scores.append(json.loads(file.read_text()))
             if len(scores) == len(study.points):
                 done.setdefault(label, []).append(Cell(recipe, scores))
     seeds = max(map(len, done.values()), default=0)
     head = f"{gmacs:,.0f}·10⁹ multiply-adds of training each, {seeds} seed(s)"
-    text = f"{head}.\n\n{(captions_report if study.captions else report)(study, done)}"
+    text = f"{head}.\n\n{curve(study, done) if len(study.points) > 1 else report(done)}"
     print(text)
     if arguments.write:
         page = Path(__file__).parents[1] / "docs" / study.page
         write_section(page, arguments.study, "equal_cost.py", text)
 
 
-def score(study: Study, folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def score(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is kept of a run, as far as it is trained."""
-    pipeline = load(folder)
     options = {key: getattr(arguments, key) for key in ("sampler", "steps") if getattr(arguments, key) is not None}
-    options |= {"guidance": arguments.guidance, "seed": seed}
-    if not study.captions:
-        return evaluate(pipeline, count=arguments.count or 1000, **options)
-    network, data = feature_network(arguments.features), pipeline.recipe.data
-    return {
-        split: score_captions(pipeline, data.load(split), network, count=arguments.count or 200, **options)
-        for split in ("train", "test")
-    }
+    return evaluate(load(folder), count=arguments.count, guidance=arguments.guidance, seed=seed, **options)
 
 
 def training_gmacs(recipe: Recipe, levels: int | None = None) -> float:
@@ -179,7 +171,7 @@ def steps_for(recipe: Recipe, gmacs: float) -> int:
     return last.first + math.floor(gmacs / training_gmacs(recipe))
 
 
-def report(study: Study, done: dict[str, list[Cell]]) -> str:
+def report(done: dict[str, list[Cell]]) -> str:
     """The table of scores; means over seeds, ± their standard deviation."""
     columns = [
         ("class agreement", "samples", "class agreement", 100, "{:.1f} %"),
@@ -199,16 +191,21 @@ def report(study: Study, done: dict[str, list[Cell]]) -> str:
     return table(["", "parameters", "MMACs an image", "images", *[column[0] for column in columns]], rows)
 
 
-def captions_report(study: Study, done: dict[str, list[Cell]]) -> str:
-    """The table of captions: agreement at each point, and at the end that of captions held out."""
-    key, last = "caption agreement", len(study.points) - 1
-    columns = [(f"at {point:.0%}", "train", at) for at, point in enumerate(study.points)]
-    columns.append(("held out", "test", last))
+def curve(study: Study, done: dict[str, list[Cell]]) -> str:
+    """The table of unguided scores at each point."""
+    columns = [
+        (f"{name}, {point:.0%}", key, factor, form, at)
+        for name, key, factor, form in (
+            ("class agreement", "class agreement", 100, "{:.1f} %"),
+            ("Fréchet distance", "FD-classifier", 1, "{:.3f}"),
+        )
+        for at, point in enumerate(study.points)
+    ]
     rows = []
     for label, cells in done.items():
         row = [label, *costs(cells[0].recipe), f"{cells[0].recipe.training.steps:,}"]
-        for _, split, at in columns:
-            row.append(spread([100 * cell.scores[at][split][key] for cell in cells], "{:.1f} %"))
+        for _, key, factor, form, at in columns:
+            row.append(spread([factor * cell.scores[at]["sets"]["samples"][key] for cell in cells], form))
         rows.append(row)
     return table(["", "parameters", "MMACs an image", "steps", *[column[0] for column in columns]], rows)
 

@@ -26,7 +26,12 @@ from mezzotint.recipe import Recipe, load_recipe, override_recipe
 UNET = "name: unet, channels: [8], resblocks: [1], attention: [0], temporal_attention: [1], middle: false, groups: 4"
 OUTER = "outer: [{channels: [8, 8], resblocks: [1, 1], groups: 4, frame_ratio: 2, temporal_attention: [0, 1]}]"
 DIT = "name: dit, patch_size: 4, width: 16, depth: 2"
-NETWORKS = {"unet": UNET, "dit": DIT, "nested": f"{UNET}, {OUTER}", "nested-dit": f"{DIT}, {OUTER}"}
+NETWORKS = {
+    "unet": UNET,
+    "dit": DIT,
+    "nested": f"{UNET}, {OUTER}",
+    "nested-dit": f"{DIT}, tubelet_size: 2, {OUTER}",
+}
 SHORT = (
     "data={name: moving-digits, size: 16, frames: 4, examples: 20}",
     "training={steps: 2, batch_size: 2, ema_warmup: true, log_every: 1, checkpoint_every: 100}",
@@ -187,6 +192,14 @@ def test_clips_on_the_command_line(command: Command, whole: Path, tmp_path: Path
             "clips need a network with time, and diffussm has",
         ),
         ("nested", ["data={name: digits, size: 16, frames: 0, examples: 10000}"], "frame_ratio makes 2 times"),
+        ("dit", ["backbone.tubelet_size=3"], "a tubelet of 3 must divide the network's 4 frames and its width of 16"),
+        ("nested-dit", ["backbone.tubelet_size=4"], "a tubelet of 4 must divide the network's 2 frames"),
+        (
+            "dit",
+            ["data.frames=0", "data.name=digits", "backbone.tubelet_size=2"],
+            "a tubelet of 2 must divide the .* 0",
+        ),
+        ("unet", ["backbone.tubelet_size=2"], "backbone.tubelet_size means nothing for unet"),
     ],
 )
 def test_networks_that_do_not_take_clips(network: str, overrides: list[str], message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones import DIT_CONFIGS, DiT
@@ -255,6 +256,35 @@ def test_a_clip_is_one_sequence_of_all_frames(conditioning: Any) -> None:
     torch.testing.assert_close(features, maps.unflatten(2, (3, 2)).transpose(1, 2))
     with pytest.raises(MezzotintError, match=r"expected \(B, 3, 2, 4, 4\); resize it or .* in_channels and frames"):
         clips(x, t, y)
+
+
+def test_a_token_of_several_frames() -> None:
+    """Tubelets are a convolution over time and space; from there on, their frames are so many more channels."""
+    clips = tiny(frames=6, tubelet_size=2)
+    channels = tiny(frames=3, in_channels=4, out_channels=8)
+    for model in (clips, channels):
+        fill(model.parameters())
+    x, t, y = batch(4, 4 * 6)
+    x = x.unflatten(3, (6, 4)).permute(0, 3, 1, 2, 4).contiguous()  # (2, 6, 2, 4, 4)
+    features = torch.randn(2, 6, 8, 2, 2, generator=torch.Generator().manual_seed(3))
+    output, maps = clips.forward_features(x, t, y, features)
+    assert (output.shape, maps.shape, clips.feature_channels) == ((2, 6, 4, 4, 4), features.shape, 8)
+    expected, wide = channels.forward_features(x.reshape(2, 3, 4, 4, 4), t, y, features.reshape(2, 3, 16, 2, 2))
+    torch.testing.assert_close(output, expected.reshape(2, 6, 4, 4, 4))
+    torch.testing.assert_close(maps, wide.reshape(2, 6, 8, 2, 2))
+
+    kernel = clips.x_embedder.proj.weight.unflatten(1, (2, 2)).transpose(1, 2)  # (width, channels, frames, p, p)
+    tokens = F.conv3d(x.transpose(1, 2), kernel, clips.x_embedder.proj.bias, stride=(2, 2, 2))
+    found: list[Tensor] = []
+    clips.x_embedder.register_forward_hook(lambda *arguments: found.append(arguments[-1]))
+    clips(x, t, y)
+    torch.testing.assert_close(found[0].view(2, 12, 16), tokens.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("frames", "tubelet_size"), [(0, 2), (6, 4), (6, 3), (6, 0)])
+def test_tubelets_that_do_not_fit(frames: int, tubelet_size: int) -> None:
+    with pytest.raises(MezzotintError, match=rf"{tubelet_size} must divide the frames \({frames}\) and the width \(16"):
+        tiny(frames=frames, tubelet_size=tubelet_size)
 
 
 def test_attributes() -> None:

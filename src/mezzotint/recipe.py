@@ -161,6 +161,8 @@ class BackboneSettings(Settings):
     """dit: hidden width of a block's MLP over width."""
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
     """dit: how time and class or captions enter (DiT, section 3.2). diffussm: how captions enter, not adaln."""
+    tubelet_size: int = Field(1, ge=1)
+    """dit, clips: successive frames that a token is a patch of; must divide their number and width."""
     freq_shift: Literal[0, 1] = 0
     """dit: the time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers'."""
     hourglass: int = Field(2, ge=1)
@@ -267,7 +269,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 SIZES = ("patch_size", "width", "depth", "heads", "channels", "resblocks", "attention")
 TOKEN_OPTIONS = ("patch_size", "width", "depth", "conditioning")
 NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "freq_shift", "adaln_ratio"),
+    "dit": (*TOKEN_OPTIONS, "heads", "mlp_ratio", "tubelet_size", "freq_shift", "adaln_ratio"),
     "diffussm": (
         *TOKEN_OPTIONS,
         "hourglass",
@@ -592,6 +594,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"frame_ratio makes {ratio} times as many frames as inside, which does not divide data.frames "
                 f"{self.data.frames}; change one of them"
+            )
+        tubelet, frames = backbone.tubelet_size, self.data.frames // ratio
+        if tubelet > 1 and (not frames or frames % tubelet or backbone.width % tubelet):
+            raise ValueError(
+                f"a tubelet of {tubelet} must divide the network's {frames} frames and its width of {backbone.width}; "
+                "change backbone.tubelet_size, data.frames or backbone.width"
             )
         levels = 1 + len(backbone.outer)
         for key in ("level_weights", "level_shares"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Literal, TypedDict
 
 import torch
@@ -45,14 +46,15 @@ class DiT(nn.Module):
     Inside another network it has `feature_channels` features at every `feature_stride` pixels (`forward_features`).
 
     frames: F above 0 for clips, (B, F, C, H, W). The patches of all frames are one sequence, each attended to by all,
-    and sine-cosine positions in time are added to those in space.
+    and sine-cosine positions in time are added to those in space. A token is a patch of `tubelet_size` successive
+    frames (arXiv 2103.15691, section 3.2); its channels are shared out among them where features of each are asked for.
 
     With `adaln_ratio` each conditioning layer has a hidden one of so many times the width (l-DAE: 1/4), which makes
     adaptive LayerNorm cheap. `out_patch_size` is the side of an output patch, `patch_size` where not given.
 
     Raises MezzotintError when `conditioning` is unknown, a side of `input_size` is not a multiple of `patch_size`,
-    `width` is not a multiple of 4 and of `heads`, `adaln_ratio` leaves no hidden channel or has nothing to act on, or
-    there are both classes and captions.
+    `width` is not a multiple of 4 and of `heads`, `adaln_ratio` leaves no hidden channel or has nothing to act on,
+    there are both classes and captions, or `tubelet_size` does not divide `frames` and `width`.
     """
 
     pos_embed: Tensor
@@ -75,6 +77,7 @@ class DiT(nn.Module):
         adaln_ratio: float | None = None,
         out_patch_size: int | None = None,
         frames: int = 0,
+        tubelet_size: int = 1,
     ) -> None:
         super().__init__()
         if conditioning not in BLOCKS:
@@ -86,12 +89,17 @@ class DiT(nn.Module):
                 f"adaln_ratio {adaln_ratio:g} means nothing for a width of {width} and conditioning {conditioning}; it "
                 "is for adaln-zero and adaln, and must leave at least one channel"
             )
+        if tubelet_size < 1 or frames % tubelet_size or width % tubelet_size or (tubelet_size > 1 and not frames):
+            raise MezzotintError(
+                f"tubelet_size {tubelet_size} must divide the frames ({frames}) and the width ({width}); images have 1"
+            )
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.patch_size = patch_size
         self.grid = patch_grid(self.input_size, patch_size)
-        self.feature_channels = width
+        self.feature_channels = width // tubelet_size
         self.feature_stride = (patch_size, patch_size)
         self.frames = frames
+        self.tubelet_size = tubelet_size
         self.in_channels = in_channels
         self.in_shape = (*((frames,) if frames else ()), in_channels, *self.input_size)
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -101,17 +109,19 @@ class DiT(nn.Module):
         self.out_patch_size = out_patch_size or patch_size
         self.out_shape = out_shape(self.out_channels, self.grid, self.out_patch_size)
 
-        self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
+        self.x_embedder = PatchEmbedding(patch_size, tubelet_size * in_channels, width)
         self.t_embedder = TimestepEmbedding(width, freq_shift)
         self.y_embedder = condition_embedding(num_classes, text_features, width)
         positions = position_table(width, *self.grid)
         if frames:
-            moments = sinusoids(torch.arange(frames, dtype=torch.float64), width).to(positions.dtype)
+            moments = sinusoids(torch.arange(frames // tubelet_size, dtype=torch.float64), width).to(positions.dtype)
             positions = (moments.unsqueeze(1) + positions).flatten(0, 1)
         self.register_buffer("pos_embed", positions.unsqueeze(0))
         own = {"adaln_hidden": hidden} if self.adaptive else {}
         self.blocks = nn.ModuleList(BLOCKS[conditioning](width, heads, mlp_ratio, **own) for _ in range(depth))
-        self.final_layer = FinalLayer(width, self.out_patch_size**2 * self.out_channels, self.adaptive, hidden)
+        self.final_layer = FinalLayer(
+            width, self.out_patch_size**2 * tubelet_size * self.out_channels, self.adaptive, hidden
+        )
         self._initialise("adaLN_modulation.3" if hidden else "adaLN_modulation")
 
     def _initialise(self, regression: str) -> None:
@@ -162,12 +172,12 @@ class DiT(nn.Module):
         """`forward`, for a network inside another: its output, and its tokens before the final layer.
 
         `features` (B, [F,] feature_channels, H / p, W / p) are added to the tokens that enter the blocks; the tokens
-        that leave them have that shape, too. Raises MezzotintError as `forward`, and for features of another shape.
+        that leave them are of that shape, too. Raises MezzotintError as `forward`, and for features of another shape.
         """
         check_input(x, self.in_shape)
         conditions = self.condition(t, y) if condition is None else condition
         if self.frames:
-            x, features = x.flatten(0, 1), None if features is None else features.flatten(0, 1)
+            x, features = self._fold(x), None if features is None else self._fold(features)
         tokens = add_features(self.x_embedder(x.to(self.pos_embed.dtype)), features, self.grid)
         tokens = tokens.reshape(-1, *self.pos_embed.shape[1:]) + self.pos_embed
         length, final = tokens.shape[1], None
@@ -184,11 +194,20 @@ class DiT(nn.Module):
         for block, c_and_mask in zip(self.blocks, given, strict=True):
             tokens = block(tokens, *c_and_mask)
         tokens = tokens[:, :length]
-        output = unpatchify(self.final_layer(tokens, final), self.out_patch_size, self.out_shape)
+        maps, (channels, *size) = self.final_layer(tokens, final), self.out_shape
+        output = unpatchify(maps, self.out_patch_size, (self.tubelet_size * channels, *size))
         if not self.frames:
             return output, as_features(tokens, self.grid)
-        frames = as_features(tokens.unflatten(1, (self.frames, -1)).flatten(0, 1), self.grid)
-        return output.unflatten(0, (-1, self.frames)), frames.unflatten(0, (-1, self.frames))
+        features = as_features(tokens.reshape(-1, prod(self.grid), tokens.shape[2]), self.grid)
+        return self._unfold(output), self._unfold(features)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """(B, F, C, h, w) → (B·F / q, q·C, h, w), q = `tubelet_size`."""
+        return x.reshape(-1, self.tubelet_size * x.shape[2], *x.shape[3:])
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """Undoes `_fold`."""
+        return x.reshape(-1, self.frames, x.shape[1] // self.tubelet_size, *x.shape[2:])
 
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
         """What the blocks and the final layer are given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).
