@@ -30,6 +30,7 @@ NETWORKS = {
     "unet": UNET,
     "dit": DIT,
     "nested": f"{UNET}, {OUTER}",
+    "nested-tubelets": f"{UNET}, tubelet_size: 2, {OUTER.replace('groups', 'tubelet_size: 4, groups')}",
     "nested-dit": f"{DIT}, tubelet_size: 2, {OUTER}",
 }
 SHORT = (
@@ -199,7 +200,7 @@ def test_clips_on_the_command_line(command: Command, whole: Path, tmp_path: Path
             ["data.frames=0", "data.name=digits", "backbone.tubelet_size=2"],
             "a tubelet of 2 must divide the .* 0",
         ),
-        ("unet", ["backbone.tubelet_size=2"], "backbone.tubelet_size means nothing for unet"),
+        ("unet", ["backbone.tubelet_size=3"], "a tubelet of 3 must divide the network's 4 frames and its width of 8"),
     ],
 )
 def test_networks_that_do_not_take_clips(network: str, overrides: list[str], message: str) -> None:

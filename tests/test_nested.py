@@ -290,6 +290,42 @@ def test_video_of_unets() -> None:
     assert around(inner).frames == 2
 
 
+@torch.no_grad()
+def test_tubelets_are_frames_of_more_channels() -> None:
+    """Two frames as one: the network of half the frames and twice the channels, with the same weights."""
+    inner: dict[str, Any] = {"temporal_attention": (0, 1), "text_features": 6, "text_width": 10}
+    network = dense(around(small(frames=4, tubelet_size=2, **inner), frames=4, tubelet_size=2, temporal_attention=True))
+    wide = around(small(in_channels=4, frames=2, **inner), temporal_attention=True)
+    wide.load_state_dict(network.state_dict())
+    x = noise(2, *network.in_shape)
+    low, high = unpack(x, network.level_shapes)
+    given = pack([low.reshape(2, 2, 4, 4, 4), high.reshape(2, 2, 4, 8, 8)])
+    assert given.equal(x)  # frames and channels stand side by side as they are
+    torch.testing.assert_close(network(x, T, captions()), wide(given, T, captions()))
+    features = noise(2, 4, 4, 8, 8)
+    output, found = network.forward_features(x, T, captions(), features)
+    expected, maps = wide.forward_features(given, T, captions(), features.reshape(2, 2, 8, 8, 8))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(found, maps.reshape(2, 4, 4, 8, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "tubelets"), [((2, 4), (1, 2)), ((4, 4), (2, 2)), ((4, 4), (2, 1))])
+def test_a_tubelet_meets_its_own_time_inside(frames: tuple[int, int], tubelets: tuple[int, int]) -> None:
+    """Where nothing else joins the frames, only those outside of the first half change the first half inside."""
+    network = dense(
+        around(small(frames=frames[0], tubelet_size=tubelets[0]), frames=frames[1], tubelet_size=tubelets[1])
+    )
+    x = noise(2, *network.in_shape)
+    low, high = (level.clone() for level in unpack(x, network.level_shapes))
+    high[:, frames[1] // 2 :] += 1
+    before, after = (unpack(network(each, T), network.level_shapes) for each in (x, pack([low, high])))
+    for was, now in zip(before, after, strict=True):
+        half = was.shape[1] // 2
+        torch.testing.assert_close(was[:, :half], now[:, :half])
+        assert not torch.allclose(was[:, half:], now[:, half:])
+
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
@@ -305,6 +341,17 @@ def test_video_of_unets() -> None:
         (small(), {"time_width": 32}, "time_width 32 is not the inner network's 64"),
         (small(), {"frames": 2}, "2 frames do not nest around 0; use a multiple, or build both with frames"),
         (small(frames=4), {"frames": 6}, "6 frames do not nest around 4; use a multiple"),
+        (
+            small(frames=4),
+            {"frames": 4, "tubelet_size": 2},
+            "4 frames in tubelets of 2 do not nest around 4 in tubelets of 1; make them as many tubelets",
+        ),
+        (small(), {"tubelet_size": 2}, r"tubelet_size 2 must divide the frames \(0\)"),
+        (
+            small(frames=2),
+            {"frames": 6, "tubelet_size": 3, "channels": (8, 16)},
+            "3 must divide .* the width .8.; images",
+        ),
         (small(out_channels=4), {}, "the inner network has 2 channels in and 4 out"),
         (small(), {"resblocks": (1,)}, r"resblocks \[1\] does not have one number"),
     ],

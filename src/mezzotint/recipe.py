@@ -141,6 +141,8 @@ class OuterLevel(Settings):
     """Clips: how many times as many frames as inside."""
     temporal_attention: tuple[int, ...] = ()
     """Clips: temporal attention layers after each ResNet block, at each width; empty: none."""
+    tubelet_size: int = Field(1, ge=1)
+    """Clips: successive frames seen as one; above 1, features inside must be of as many frames' time."""
 
 
 class BackboneSettings(Settings):
@@ -162,7 +164,8 @@ class BackboneSettings(Settings):
     conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
     """dit: how time and class or captions enter (DiT, section 3.2). diffussm: how captions enter, not adaln."""
     tubelet_size: int = Field(1, ge=1)
-    """dit, clips: successive frames that a token is a patch of; must divide their number and width."""
+    """dit, unet; clips: successive frames that are seen as one, a token's or an image of so many more channels; must
+    divide their number, and the (first) width."""
     freq_shift: Literal[0, 1] = 0
     """dit: the time's frequencies are 10000^(-k / (128 - freq_shift)): 0 in the published networks, 1 in diffusers'."""
     hourglass: int = Field(2, ge=1)
@@ -293,6 +296,7 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
         "text_width",
         "masked_text",
         "temporal_attention",
+        "tubelet_size",
     ),
 }
 
@@ -596,10 +600,11 @@ class Recipe(Settings):
                 f"{self.data.frames}; change one of them"
             )
         tubelet, frames = backbone.tubelet_size, self.data.frames // ratio
-        if tubelet > 1 and (not frames or frames % tubelet or backbone.width % tubelet):
+        width = backbone.channels[0] if backbone.name == "unet" else backbone.width
+        if tubelet > 1 and (not frames or frames % tubelet or width % tubelet):
             raise ValueError(
-                f"a tubelet of {tubelet} must divide the network's {frames} frames and its width of {backbone.width}; "
-                "change backbone.tubelet_size, data.frames or backbone.width"
+                f"a tubelet of {tubelet} must divide the network's {frames} frames and its width of {width}; change "
+                "backbone.tubelet_size, data.frames or the width"
             )
         levels = 1 + len(backbone.outer)
         for key in ("level_weights", "level_shares"):

@@ -20,11 +20,14 @@ from mezzotint.backbones.layers import (
     add_features,
     as_features,
     check_input,
+    check_tubelet,
+    fold_frames,
     modulate,
     out_shape,
     patch_grid,
     position_table,
     sinusoids,
+    unfold_frames,
     unpatchify,
 )
 from mezzotint.backbones.text import condition_embedding, embedded
@@ -89,10 +92,7 @@ class DiT(nn.Module):
                 f"adaln_ratio {adaln_ratio:g} means nothing for a width of {width} and conditioning {conditioning}; it "
                 "is for adaln-zero and adaln, and must leave at least one channel"
             )
-        if tubelet_size < 1 or frames % tubelet_size or width % tubelet_size or (tubelet_size > 1 and not frames):
-            raise MezzotintError(
-                f"tubelet_size {tubelet_size} must divide the frames ({frames}) and the width ({width}); images have 1"
-            )
+        check_tubelet(tubelet_size, frames, width)
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.patch_size = patch_size
         self.grid = patch_grid(self.input_size, patch_size)
@@ -177,7 +177,8 @@ class DiT(nn.Module):
         check_input(x, self.in_shape)
         conditions = self.condition(t, y) if condition is None else condition
         if self.frames:
-            x, features = self._fold(x), None if features is None else self._fold(features)
+            q = self.tubelet_size
+            x, features = fold_frames(x, q), None if features is None else fold_frames(features, q)
         tokens = add_features(self.x_embedder(x.to(self.pos_embed.dtype)), features, self.grid)
         tokens = tokens.reshape(-1, *self.pos_embed.shape[1:]) + self.pos_embed
         length, final = tokens.shape[1], None
@@ -199,15 +200,7 @@ class DiT(nn.Module):
         if not self.frames:
             return output, as_features(tokens, self.grid)
         features = as_features(tokens.reshape(-1, prod(self.grid), tokens.shape[2]), self.grid)
-        return self._unfold(output), self._unfold(features)
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """(B, F, C, h, w) → (B·F / q, q·C, h, w), q = `tubelet_size`."""
-        return x.reshape(-1, self.tubelet_size * x.shape[2], *x.shape[3:])
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        """Undoes `_fold`."""
-        return x.reshape(-1, self.frames, x.shape[1] // self.tubelet_size, *x.shape[2:])
+        return unfold_frames(output, self.frames, q), unfold_frames(features, self.frames, q)
 
     def condition(self, t: Tensor, y: Tensor | Text | None = None) -> list[Tensor]:
         """What the blocks and the final layer are given of `t` (N,) and of `y`, N labels or captions: tensors (N, …).

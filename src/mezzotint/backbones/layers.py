@@ -113,6 +113,24 @@ def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_tubelet(tubelet_size: int, frames: int, width: int) -> None:
+    """Raises MezzotintError where so many frames cannot be seen as one by a network of so many frames and channels."""
+    if tubelet_size < 1 or frames % tubelet_size or width % tubelet_size or (tubelet_size > 1 and not frames):
+        raise MezzotintError(
+            f"tubelet_size {tubelet_size} must divide the frames ({frames}) and the width ({width}); images have 1"
+        )
+
+
+def fold_frames(x: Tensor, tubelet_size: int) -> Tensor:
+    """(B, F, C, H, W) → (B·F / q, q·C, H, W), q = `tubelet_size`: q frames are one image of so many more channels."""
+    return x.reshape(-1, tubelet_size * x.shape[2], *x.shape[3:])
+
+
+def unfold_frames(x: Tensor, frames: int, tubelet_size: int) -> Tensor:
+    """Undoes `fold_frames`."""
+    return x.reshape(-1, frames, x.shape[1] // tubelet_size, *x.shape[2:])
+
+
 def unpatchify(tokens: Tensor, patch_size: int, shape: tuple[int, int, int]) -> Tensor:
     """Tokens of one or more p×p patches each, read row by row, channels last, → (B, *shape), shape = (C, H, W)."""
     p, (channels, rows, columns) = patch_size, shape

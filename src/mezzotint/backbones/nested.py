@@ -10,7 +10,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import Layer
+from mezzotint.backbones.layers import Layer, fold_frames, unfold_frames
 from mezzotint.backbones.unet import ConditionEmbedding, EmbeddedCondition, Trunk, UNet, zero_
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -49,6 +49,7 @@ class NestedUNet(Trunk):
     first it gives what it gives alone: both adapters start at zero.
     input_size: of the new level, inner's times 2^(levels − 1); None for that. frames: of the new level, a multiple of
     inner's (None: as many); inner is given the mean of each group of frames, and its features are repeated.
+    tubelet_size: as in UNet; above 1, an inner feature is one of as long a time.
     normalise_input: the level's input is divided by its standard deviation, as in the middle one of the published
     1024 network.
 
@@ -79,11 +80,12 @@ class NestedUNet(Trunk):
         normalise_input: bool = False,
         frames: int | None = None,
         temporal_attention: Sequence[int] | bool = False,
+        tubelet_size: int = 1,
     ) -> None:
         network = cast(Any, inner)
         shared = isinstance(inner, UNet | NestedUNet)
         num_classes, text_features = network.num_classes, getattr(inner, "text_features", None)
-        inner_frames = getattr(inner, "frames", 0)
+        inner_frames, inner_tubelet = getattr(inner, "frames", 0), getattr(inner, "tubelet_size", 1)
         frames = inner_frames if frames is None else frames
         if network.out_channels != network.in_channels:
             raise MezzotintError(
@@ -98,6 +100,11 @@ class NestedUNet(Trunk):
             raise MezzotintError(
                 f"time_width {time_width} is not the inner network's {network.time_width}, whose embedding of labels "
                 "or captions is added to it; leave it out"
+            )
+        if tubelet_size > 1 and frames * inner_tubelet != inner_frames * tubelet_size:
+            raise MezzotintError(
+                f"{frames} frames in tubelets of {tubelet_size} do not nest around {inner_frames} in tubelets of "
+                f"{inner_tubelet}; make them as many tubelets, or leave the outer tubelet_size at 1"
             )
         embedder = None
         if shared:
@@ -122,6 +129,7 @@ class NestedUNet(Trunk):
             micro_scale=micro_scale,
             frames=frames,
             temporal_attention=temporal_attention,
+            tubelet_size=tubelet_size,
         )
         self.num_classes = num_classes
         self.text_features = text_features
@@ -131,7 +139,10 @@ class NestedUNet(Trunk):
         """(N,), all levels."""
         self.frames_each = frames // inner_frames if frames else 1
         self.y_embedder = embedder
-        self.in_adapter, self.out_adapter = _adapters(channels[-1], network.feature_channels, network.feature_stride)
+        self.inner_tubelet = inner_tubelet if tubelet_size > 1 else 1
+        self.in_adapter, self.out_adapter = _adapters(
+            channels[-1], self.inner_tubelet * network.feature_channels, network.feature_stride
+        )
         self.inner = inner
 
     def forward(
@@ -201,14 +212,14 @@ class NestedUNet(Trunk):
         return {"scale": scale} if self.y_embedder is None else {}
 
     def _to_inner(self, x: Tensor) -> Tensor:
-        if self.frames_each > 1:
+        if self.tubelet_size == 1 and self.frames_each > 1:
             x = x.unflatten(0, (-1, self.frames_each)).mean(1)
         x = self.in_adapter(x)
-        return x.unflatten(0, (-1, self.frames // self.frames_each)) if self.frames else x
+        return unfold_frames(x, self.frames // self.frames_each, self.inner_tubelet) if self.frames else x
 
     def _from_inner(self, features: Tensor) -> Tensor:
-        x = self.out_adapter(self.fold(features))
-        return x.repeat_interleave(self.frames_each, dim=0) if self.frames_each > 1 else x
+        x = self.out_adapter(fold_frames(features, self.inner_tubelet) if self.frames else features)
+        return x.repeat_interleave(self.frames_each, dim=0) if self.tubelet_size == 1 and self.frames_each > 1 else x
 
 
 def nest(levels: Sequence[Mapping[str, Any]], **innermost: Any) -> UNet | NestedUNet:

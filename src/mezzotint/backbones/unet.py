@@ -16,8 +16,11 @@ from mezzotint.backbones.layers import (
     Layer,
     TimestepEmbedding,
     check_input,
+    check_tubelet,
     checked_heads,
+    fold_frames,
     sinusoids,
+    unfold_frames,
 )
 from mezzotint.backbones.text import condition_embedding, embedded, pooled
 from mezzotint.conditions.text import Text
@@ -42,9 +45,11 @@ class EmbeddedCondition(NamedTuple):
 class Trunk(nn.Module):
     """What a UNet has around its middle: embedding of time, input layer, way down, way up, output layer.
 
-    Frames of a video are folded into the batch: its tensors are (B·F, …), those of images (B, …).
+    Frames of a video are folded into the batch: its tensors are (B·F, …), those of images (B, …). With a `tubelet_size`
+    q, every q successive frames are first laid together, as so many more channels: (B·F / q, …).
     Raises MezzotintError when the lists differ in length, a level has no ResNet block, `input_size` cannot be halved
-    between the levels, or a width with attention is not a multiple of `heads`.
+    between the levels, a width with attention is not a multiple of `heads`, or `tubelet_size` does not divide `frames`
+    and the first width.
     """
 
     def __init__(
@@ -65,8 +70,10 @@ class Trunk(nn.Module):
         micro_scale: float | None,
         frames: int,
         temporal_attention: Sequence[int] | bool,
+        tubelet_size: int,
     ) -> None:
         super().__init__()
+        check_tubelet(tubelet_size, frames, channels[0])
         levels = len(channels)
         attention = list(attention) or [0] * levels
         if isinstance(temporal_attention, bool):
@@ -80,7 +87,8 @@ class Trunk(nn.Module):
         self.text_width = text_width
         self.micro_scale = micro_scale
         self.frames = frames
-        self.feature_channels = channels[0]
+        self.tubelet_size = tubelet_size
+        self.feature_channels = channels[0] // tubelet_size
         self.feature_stride = (1, 1)
         self.in_shape = (*((frames,) if frames else ()), in_channels, *input_size)
         """Of one example: (C, H, W), or (F, C, H, W) for video."""
@@ -93,7 +101,7 @@ class Trunk(nn.Module):
                     SpatialAttention(width, heads, text_width, groups, feed_forward)
                     for _ in range(len(inputs) * attention[index])
                 ],
-                [TemporalAttention(width, heads, frames) for _ in range(len(inputs) * temporal[index])],
+                [TemporalAttention(width, heads, frames // tubelet_size) for _ in range(len(inputs) * temporal[index])],
                 resample,
             )
 
@@ -101,7 +109,7 @@ class Trunk(nn.Module):
         self.micro_embedder = None if micro_scale is None else TimestepEmbedding(time_width)
         if self.micro_embedder is not None:
             zero_(self.micro_embedder.mlp[-1])
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(tubelet_size * in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]
         for i, (width, count) in enumerate(zip(channels, resblocks, strict=True)):
@@ -115,10 +123,10 @@ class Trunk(nn.Module):
             up = Upsample(channels[i], channels[i], 3, padding=1) if i else None
             self.up_blocks.append(level([n + skips.pop() for n in below], i, up))
         self.norm_out = group_norm(channels[0], groups)
-        self.conv_out = zero_(nn.Conv2d(channels[0], out_channels, 3, padding=1))
+        self.conv_out = zero_(nn.Conv2d(channels[0], tubelet_size * out_channels, 3, padding=1))
 
     def embed_time(self, t: Tensor, condition: EmbeddedCondition, scale: Tensor | None) -> Tensor:
-        """The activated embedding of time and all that is added to it, (B or B·F, time_width)."""
+        """The activated embedding of time and all that is added to it, (B or B·F / q, time_width)."""
         embedding = self.t_embedder(t)
         if condition.embedding is not None:
             embedding = embedding + condition.embedding
@@ -126,7 +134,7 @@ class Trunk(nn.Module):
             full = torch.full_like(t, self.micro_scale, dtype=torch.promote_types(t.dtype, torch.float32))
             embedding = embedding + self.micro_embedder(full if scale is None else torch.minimum(scale.to(full), full))
         embedding = F.silu(embedding)
-        return embedding.repeat_interleave(self.frames, dim=0) if self.frames else embedding
+        return embedding.repeat_interleave(self.frames // self.tubelet_size, dim=0) if self.frames else embedding
 
     def encode(
         self, x: Tensor, features: Tensor | None, embedding: Tensor, condition: EmbeddedCondition
@@ -158,12 +166,12 @@ class Trunk(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def fold(self, x: Tensor) -> Tensor:
-        """(B, F, …) → (B·F, …) for video."""
-        return x.flatten(0, 1) if self.frames else x
+        """(B, F, C, …) → (B·F / q, q·C, …) for video, q = `tubelet_size`."""
+        return fold_frames(x, self.tubelet_size) if self.frames else x
 
     def unfold(self, x: Tensor) -> Tensor:
         """Undoes `fold`."""
-        return x.unflatten(0, (-1, self.frames)) if self.frames else x
+        return unfold_frames(x, self.frames, self.tubelet_size) if self.frames else x
 
 
 class UNet(Trunk):
@@ -180,7 +188,8 @@ class UNet(Trunk):
     greatest common divisor is taken. micro_scale: side of an image that was not enlarged (micro conditioning, appendix
     A), None for a network that is not told.
     frames: F above 0 for video, (B, F, C, H, W). `temporal_attention` layers (True: one) follow the others of each
-    ResNet block of a level.
+    ResNet block of a level. `tubelet_size`: successive frames that the network sees as one image of so many more
+    channels; its channels are shared out among them where features of each are asked for.
 
     Raises MezzotintError as `Trunk` does, and for captions and classes at once.
     """
@@ -207,6 +216,7 @@ class UNet(Trunk):
         micro_scale: float | None = None,
         frames: int = 0,
         temporal_attention: Sequence[int] | bool = False,
+        tubelet_size: int = 1,
     ) -> None:
         time_width = time_width or 4 * channels[0]
         embedder = ConditionEmbedding(time_width, num_classes, text_features, text_width or time_width, masked_text)
@@ -226,6 +236,7 @@ class UNet(Trunk):
             micro_scale=micro_scale,
             frames=frames,
             temporal_attention=temporal_attention,
+            tubelet_size=tubelet_size,
         )
         self.num_classes = num_classes
         self.text_features = text_features

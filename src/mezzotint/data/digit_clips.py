@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from mezzotint.data.base import content_identity
 from mezzotint.data.sklearn_digits import NATIVE_SIZE, digits
@@ -15,16 +16,16 @@ from mezzotint.data.splits import check_split
 from mezzotint.data.transforms import check_channels, grey_to_channels
 from mezzotint.errors import MezzotintError
 
-SPEED = (1 / 16, 1 / 8)  # least and greatest, in sides of the frame per frame
+SPEED = (1 / 32, 1 / 16)  # least and greatest, in sides of the frame per frame; Moving MNIST: 1 / 18
 
 
 @dataclass(frozen=True, eq=False)
 class MovingDigits:
     """N clips, drawn when they are asked for, each of K digits of one class on a black frame."""
 
-    sprites: Tensor  # uint8 (M, s, s)
+    sprites: Tensor  # uint8 (M, s, s), of twice the resolution of the frames
     chosen: Tensor  # int64 (N, K): which of the sprites
-    corners: Tensor  # int64 (N, F, K, 2): top and left of each in each frame
+    corners: Tensor  # int64 (N, F, K, 2): top and left of each in each frame, in half pixels
     labels: Tensor  # int64 (N,)
     image_shape: tuple[int, int, int, int]
     class_names: tuple[str, ...]
@@ -41,7 +42,7 @@ class MovingDigits:
         """Clips uint8 (B, F, C, H, W) and labels int64 (B,), −1 when unlabelled. The brighter of two digits is seen."""
         frames, channels, size, _ = self.image_shape
         count, side = len(indices), torch.arange(self.sprites.shape[-1])
-        clips = torch.zeros(count, frames, size, size, dtype=torch.uint8)
+        clips = torch.zeros(count, frames, 2 * size, 2 * size, dtype=torch.uint8)
         batch = torch.arange(count)[:, None, None, None]
         frame = torch.arange(frames)[:, None, None]
         for k in range(self.chosen.shape[1]):
@@ -51,7 +52,8 @@ class MovingDigits:
             layer[batch, frame, rows, columns] = self.sprites[self.chosen[indices, k]][:, None]
             clips = torch.maximum(clips, layer)
         labels = self.labels[indices] if self.class_names else torch.full_like(indices, -1)
-        return grey_to_channels(clips.view(-1, 1, size, size), channels).unflatten(0, (count, frames)), labels
+        grey = avg_pool2d(clips.flatten(0, 1).unsqueeze(1).float(), 2).round().to(torch.uint8)
+        return grey_to_channels(grey, channels).unflatten(0, (count, frames)), labels
 
 
 def moving_digits(
@@ -65,10 +67,10 @@ def moving_digits(
 ) -> MovingDigits:
     """Clips (F, C, H, W) of a digit, or of `objects` digits of one class, half as large as the frame of `size` pixels.
 
-    Each starts anywhere, moves at a speed of 1/16 to 1/8 of the frame per frame in any direction, and bounces; its
-    place is rounded to whole pixels. Clip i shows class i mod 10 and is the same for any number of `examples`. `split`
-    is "train" or "test", made of different digits: those of `digits`. Raises `MezzotintError` for a size that is odd or
-    less than 16, and for other numbers below 1.
+    Each starts anywhere, moves at a speed of 1/32 to 1/16 of the frame per frame in any direction, and bounces; its
+    place is rounded to half pixels, for it is drawn twice as large and shrunk by the mean of four pixels. Clip i shows
+    class i mod 10 and is the same for any number of `examples`. `split` is "train" or "test", made of different digits:
+    those of `digits`. Raises `MezzotintError` for a size that is odd or less than 16, and for other numbers below 1.
     """
     check_split(split)
     check_channels(channels)
@@ -79,7 +81,7 @@ def moving_digits(
     for key, value in (("frames", frames), ("objects", objects), ("examples", examples)):
         if value < 1:
             raise MezzotintError(f"data.{key} is {value}; expected at least 1")
-    source = digits(split, size // 2)
+    source = digits(split, size)
     assert source.labels is not None
     by_class = [torch.nonzero(source.labels == label).flatten() for label in range(10)]
     classes = torch.arange(examples) % 10
@@ -91,8 +93,8 @@ def moving_digits(
     starts = counts.cumsum(0) - counts
     chosen = offsets[starts[classes][:, None] + (which * counts[classes][:, None]).long()]
 
-    room = size - size // 2  # the greatest coordinate of a corner
-    slow, fast = (size * limit for limit in SPEED)
+    room = size  # the greatest coordinate of a corner, in half pixels
+    slow, fast = (2 * size * limit for limit in SPEED)
     angle, step = 2 * math.pi * direction, slow + (fast - slow) * speed
     start = room * torch.stack([top, left], -1)
     velocity = step[..., None] * torch.stack([angle.sin(), angle.cos()], -1)
