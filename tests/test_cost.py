@@ -143,6 +143,20 @@ def test_matryoshka_recipes_have_the_public_networks_parameters(name: str, count
     assert (paper.gmacs, paper.params_millions) == (None, count / 1e6)
 
 
+def test_the_video_recipe_is_the_public_network_with_attention_over_time() -> None:
+    recipe = load_recipe("mdm-video-256")
+    with torch.device("meta"):
+        network = build_backbone(recipe)
+    assert network.level_shapes == ((8, 3, 64, 64), (16, 3, 256, 256))
+    counts = {True: 0, False: 0}
+    for name, parameter in network.named_parameters():
+        counts[".temporal." in name] += parameter.numel()
+    assert counts[False] == 476_613_958
+    # After each of 5 + 5 blocks of 512 and 768 channels inside, and of 3 of 256 outside: norm, q, k, v and output.
+    widths = 5 * [512] + 5 * [768] + 3 * [256]
+    assert counts[True] == sum(2 * width + 4 * width**2 + 4 * width for width in widths)
+
+
 def test_freezing_lowers_the_trained_parameters_alone() -> None:
     whole, half = (recipe_cost(load_recipe("dit-s-8-256", more)) for more in ([], ["training.freeze=[blocks]"]))
     assert half.params == whole.params

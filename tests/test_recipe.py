@@ -19,7 +19,7 @@ PUBLISHED += ["sit-s-2-256", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256", "sit-
 def test_every_published_configuration_has_a_recipe() -> None:
     diffussm = [f"diffussm-{size}-{side}" for size in ("s", "l", "xl") for side in (256, 512)]
     diffussm += ["diffussm-xl-256-p2", "diffussm-xl-256-uni", "diffussm-digits", "diffussm-fashion-mnist"]
-    mdm = ["mdm-64", "mdm-256", "mdm-1024", "mdm-emoji-32", "mdm-moving-digits"]
+    mdm = ["mdm-64", "mdm-256", "mdm-1024", "mdm-video-256", "mdm-emoji-32", "mdm-moving-digits"]
     small = ["digits", "fashion-mnist", "dae-digits", "dae-fashion-mnist"]
     ldae = [name for name in recipe_names() if name.startswith("ldae-")]  # see test_ldae.py
     assert sorted([*PUBLISHED, *diffussm, *mdm, *ldae, *small]) == recipe_names()
