@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from mezzotint import load, sample
+from mezzotint.data import MovingDigits
 from mezzotint.data.transforms import to_uint8
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.classifier import ClassifierNetwork, trained_classifier
@@ -33,7 +34,8 @@ def main() -> None:
     try:
         pipeline = load(arguments.run)
         data = pipeline.recipe.data
-        if data.name != "moving-digits" or data.channels != 1:
+        test = data.load("test") if data.name == "moving-digits" else None
+        if not isinstance(test, MovingDigits) or data.channels != 1:
             raise SystemExit("this scores grey moving-digits; give a run of one that was trained on them")
         judge = trained_classifier(DataSettings(name="digits", size=data.size // 2, channels=1))
         steps = {} if arguments.steps is None else {"steps": arguments.steps}
@@ -42,7 +44,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     asked = choose_labels(pipeline, None, arguments.count)
     assert asked is not None
-    real, labels = data.load("test").get_batch(torch.arange(arguments.count))
+    real, labels = test.get_batch(torch.arange(arguments.count))
     clips = {"generated": (to_uint8(drawn), torch.as_tensor(asked)), "real": (real, labels)}
     head = ["", "frames of their class", "clips that hold their digit", "step, pixels", "bend, pixels"]
     print(table(head, [[name, *scores(judge, *some)] for name, some in clips.items()]))

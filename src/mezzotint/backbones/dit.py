@@ -195,8 +195,9 @@ class DiT(nn.Module):
         for block, c_and_mask in zip(self.blocks, given, strict=True):
             tokens = block(tokens, *c_and_mask)
         tokens = tokens[:, :length]
-        maps, (channels, *size) = self.final_layer(tokens, final), self.out_shape
-        output = unpatchify(maps, self.out_patch_size, (self.tubelet_size * channels, *size))
+        channels, rows, columns = self.out_shape
+        shape = (self.tubelet_size * channels, rows, columns)
+        output = unpatchify(self.final_layer(tokens, final), self.out_patch_size, shape)
         if not self.frames:
             return output, as_features(tokens, self.grid)
         features = as_features(tokens.reshape(-1, prod(self.grid), tokens.shape[2]), self.grid)
