@@ -37,15 +37,16 @@ def main() -> None:
         test = data.load("test") if data.name == "moving-digits" else None
         if not isinstance(test, MovingDigits) or data.channels != 1:
             raise SystemExit("this scores grey moving-digits; give a run of one that was trained on them")
+        asked = choose_labels(pipeline, None, arguments.count)
+        if not isinstance(asked, Tensor):
+            raise SystemExit("this scores clips by their class; give a run that is asked by classes")
         judge = trained_classifier(DataSettings(name="digits", size=data.size // 2, channels=1))
         steps = {} if arguments.steps is None else {"steps": arguments.steps}
         drawn = sample(pipeline, count=arguments.count, guidance=arguments.guidance, **steps)
     except MezzotintError as error:
         raise SystemExit(str(error)) from None
-    asked = choose_labels(pipeline, None, arguments.count)
-    assert asked is not None
     real, labels = test.get_batch(torch.arange(arguments.count))
-    clips = {"generated": (to_uint8(drawn), torch.as_tensor(asked)), "real": (real, labels)}
+    clips = {"generated": (to_uint8(drawn), asked), "real": (real, labels)}
     head = ["", "frames of their class", "clips that hold their digit", "step, pixels", "bend, pixels"]
     print(table(head, [[name, *scores(judge, *some)] for name, some in clips.items()]))
 
@@ -54,8 +55,9 @@ def scores(judge: ClassifierNetwork, clips: Tensor, labels: Tensor) -> list[str]
     """Of clips uint8 (B, F, 1, H, W)."""
     frames = clips.flatten(0, 1)
     size, side = frames.shape[-1], frames.shape[-1] // 2
-    light = avg_pool2d(frames.double(), side, stride=1).flatten(1)  # of each square, by its corner
-    top, left = light.argmax(1).div(size - side + 1, rounding_mode="floor"), light.argmax(1) % (size - side + 1)
+    room = size - side + 1  # places of the square's corner
+    brightest = avg_pool2d(frames.double(), side, stride=1).flatten(1).argmax(1)
+    top, left = brightest // room, brightest % room
     along, n = torch.arange(side), torch.arange(len(frames))
     rows, columns = top[:, None, None] + along[:, None], left[:, None, None] + along
     said = judge.predict(frames[n[:, None, None], 0, rows, columns].unsqueeze(1)).view(clips.shape[:2])

@@ -137,7 +137,8 @@ class NestedUNet(Trunk):
         self.level_shapes = (*_level_shapes(inner), self.in_shape)
         self.in_shape = (sum(map(prod, self.level_shapes)),)
         """(N,), all levels."""
-        self.frames_each = frames // inner_frames if frames else 1
+        self.inner_frames = inner_frames
+        self.moments_each = frames // inner_frames if frames and tubelet_size == 1 else 1
         self.y_embedder = embedder
         self.inner_tubelet = inner_tubelet if tubelet_size > 1 else 1
         self.in_adapter, self.out_adapter = _adapters(
@@ -212,14 +213,14 @@ class NestedUNet(Trunk):
         return {"scale": scale} if self.y_embedder is None else {}
 
     def _to_inner(self, x: Tensor) -> Tensor:
-        if self.tubelet_size == 1 and self.frames_each > 1:
-            x = x.unflatten(0, (-1, self.frames_each)).mean(1)
+        if self.moments_each > 1:
+            x = x.unflatten(0, (-1, self.moments_each)).mean(1)
         x = self.in_adapter(x)
-        return unfold_frames(x, self.frames // self.frames_each, self.inner_tubelet) if self.frames else x
+        return unfold_frames(x, self.inner_frames, self.inner_tubelet) if self.frames else x
 
     def _from_inner(self, features: Tensor) -> Tensor:
         x = self.out_adapter(fold_frames(features, self.inner_tubelet) if self.frames else features)
-        return x.repeat_interleave(self.frames_each, dim=0) if self.tubelet_size == 1 and self.frames_each > 1 else x
+        return x.repeat_interleave(self.moments_each, dim=0) if self.moments_each > 1 else x
 
 
 def nest(levels: Sequence[Mapping[str, Any]], **innermost: Any) -> UNet | NestedUNet:
