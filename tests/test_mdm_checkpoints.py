@@ -47,6 +47,15 @@ OFFICIAL_NESTED = """
     24.3947134359 0.1715456921 -1.0582091599 0.1292619555 0.1734002759
     0.2111421641 -0.1334431548 -0.1079004590 0.2500243656
 """
+# The same with an embedding of time that is 256 wide, and so has sinusoids 64 wide.
+OFFICIAL_NARROW = """
+    5.4052940998 -0.0102952466 0.5778280941 -0.0103205152 -0.0725538628
+    -0.9668279771 0.6745612248 0.6526373636 0.1456785433
+    10.8308990741 0.7759515839 0.7232868527 -0.7689354985 -0.4838360704
+    -0.8089659314 0.0045098905 -0.4530455809 -0.2182917548
+    24.8310481516 0.0735264349 0.0712590770 0.5970141133 0.8549063218
+    -0.0452019309 0.4135466516 -0.0225007616 -0.1423476106
+"""
 
 
 def layer(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -55,14 +64,14 @@ def layer(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def block(
-    name: str, inputs: list[int], width: int, attention: int, feed_forward: bool, resample: bool, text: int
+    name: str, inputs: list[int], width: int, attention: int, feed_forward: bool, resample: bool, text: int, time: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The official ResNetBlock: `attention` layers in all."""
     for i, n in enumerate(inputs):
         resnet = f"{name}.resnets.{i}"
         yield from layer(f"{resnet}.norm1", n)
         yield from layer(f"{resnet}.conv1", width, n, 3, 3)
-        yield from layer(f"{resnet}.time_layer", 2 * width, TIME)
+        yield from layer(f"{resnet}.time_layer", 2 * width, time)
         yield from layer(f"{resnet}.norm2", width)
         yield from layer(f"{resnet}.conv2", width, width, 3, 3)
         if n != width:
@@ -82,7 +91,7 @@ def block(
         yield from layer(f"{name}.resample", width, width, 3, 3)
 
 
-def layout(levels: tuple[Any, ...], text: int = TEXT) -> Iterator[tuple[str, tuple[int, ...]]]:
+def layout(levels: tuple[Any, ...], text: int = TEXT, time: int = TIME) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the official network whose levels, smallest first, these are."""
     *inner, level = levels
     channels, resblocks = level["channels"], level["resblocks"]
@@ -90,13 +99,13 @@ def layout(levels: tuple[Any, ...], text: int = TEXT) -> Iterator[tuple[str, tup
     attention = level.get("attention", (0,) * (last + 1))
     for embedding in ("temb_layer{}", "cond_layers.scale.{}"):
         first = 1 if embedding.startswith("temb") else 0
-        yield from layer(embedding.format(first), TIME, TIME // 4)
-        yield from layer(embedding.format(first + 1), TIME, TIME)
+        yield from layer(embedding.format(first), time, time // 4)
+        yield from layer(embedding.format(first + 1), time, time)
     yield from layer("conv_in", channels[0], 3, 3, 3)
     skips, width = [channels[0]], channels[0]
     for i, n in enumerate(resblocks):
         widths = [width] + [channels[i]] * (n - 1)
-        yield from block(f"down_blocks.{i}", widths, channels[i], n * attention[i], ffn, i < last, text)
+        yield from block(f"down_blocks.{i}", widths, channels[i], n * attention[i], ffn, i < last, text, time)
         width = channels[i]
         skips += [width] * (n + (i < last))
     for k, i in enumerate(reversed(range(last + 1))):
@@ -104,17 +113,17 @@ def layout(levels: tuple[Any, ...], text: int = TEXT) -> Iterator[tuple[str, tup
         for _ in range(resblocks[i] + 1):
             widths.append(width + skips.pop())
             width = channels[i]
-        yield from block(f"up_blocks.{k}", widths, width, (resblocks[i] + 1) * attention[i], ffn, i > 0, text)
+        yield from block(f"up_blocks.{k}", widths, width, (resblocks[i] + 1) * attention[i], ffn, i > 0, text, time)
     yield from layer("norm_out", channels[0])
     yield from layer("conv_out", 3, channels[0], 3, 3)
     if inner:
         yield from layer("in_adapter", inner[-1]["channels"][0], channels[-1], 3, 3)
         yield from layer("out_adapter", channels[-1], inner[-1]["channels"][0], 3, 3)
-        yield from ((f"inner_unet.{name}", shape) for name, shape in layout(tuple(inner), text))
+        yield from ((f"inner_unet.{name}", shape) for name, shape in layout(tuple(inner), text, time))
         return
-    yield from block("mid_blocks.0", [channels[-1]], channels[-1], 1, ffn, False, text)
-    yield from block("mid_blocks.1", [channels[-1]], channels[-1], 0, ffn, False, text)
-    yield "cond_emb.weight", (TIME, text)
+    yield from block("mid_blocks.0", [channels[-1]], channels[-1], 1, ffn, False, text, time)
+    yield from block("mid_blocks.1", [channels[-1]], channels[-1], 0, ffn, False, text, time)
+    yield "cond_emb.weight", (time, text)
     yield from layer("lm_proj", text, text)
 
 
@@ -185,11 +194,37 @@ def test_an_official_nested_network_gives_the_official_outputs(dtype: torch.dtyp
     assert ((got - expected).abs() < tolerance * expected[:, :1]).all()
 
 
+@torch.no_grad()
+def test_an_official_network_with_a_narrow_embedding_of_time(tmp_path: Path) -> None:
+    """Its sinusoids are a quarter as wide as the embedding, in its file and in the run that it becomes."""
+    expected = numbers(OFFICIAL_NARROW)
+    x, t, y = inputs(torch.float64)
+    shapes = dict(layout(TINY, time=256))
+    found = from_mdm(filled(shapes), "file", input_size=4)
+    assert [level["time_frequencies"] for level in found.levels] == [32, 32, 32]
+    network = found.network()
+    got = summary(unpack(network(pack(x), t, y), network.level_shapes))  # type: ignore[arg-type]
+    assert ((got - expected).abs() < 1e-8 * expected[:, :1]).all()
+
+    torch.save({"state_dict": filled(shapes, torch.float32)}, tmp_path / "vis_model.pth")
+    small = load_recipe("mdm-1024", ["data.size=64", "backbone.text_features=null", "backbone.micro_scale=4"])
+    outer = zip(small.backbone.outer, (8, 16), strict=True)
+    levels = tuple(level.model_copy(update={"micro_scale": scale}) for level, scale in outer)
+    small = small.model_copy(update={"backbone": small.backbone.model_copy(update={"outer": levels})})
+    run = convert(tmp_path / "vis_model.pth", tmp_path / "run", recipe=small)
+    sizes = load_recipe(run).backbone
+    assert [level.time_frequencies for level in (sizes, *sizes.outer)] == [32, 32, 32]
+    loaded = load(run).denoiser.backbone
+    x, t, y = inputs(torch.float32)
+    got = summary(unpack(loaded(pack(x), t, y), loaded.level_shapes))  # type: ignore[arg-type]
+    assert ((got - expected).abs() < 1e-5 * expected[:, :1]).all()
+
+
 def test_sizes_are_read_from_the_shapes() -> None:
     levels = from_mdm(tensors(3), "file", input_size=4).levels
     for found, written in zip(levels, TINY, strict=True):
         assert found | written == found
-        assert found["time_width"] == TIME
+        assert (found["time_width"], found["time_frequencies"]) == (TIME, 128)
     assert levels[0] | {"input_size": 4, "in_channels": 3, "out_channels": 3, "middle": True} == levels[0]
     assert levels[0] | {"text_features": TEXT, "text_width": TEXT, "masked_text": False} == levels[0]
     assert [level.get("normalise_input") for level in levels] == [None, True, False]
@@ -270,7 +305,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused({k: v for k, v in given.items() if k.startswith("temb")}, "not a whole MDM.*down_blocks.0.resnets")
     refused({k: v for k, v in given.items() if k != "norm_out.bias"}, "do not fit the network: missing norm_out.bias")
     refused({k: v for k, v in given.items() if "lm_proj" not in k}, "not a whole MDM.*encoder.weight")
-    refused(given | {"temb_layer1.weight": torch.zeros(TIME, 64)}, r"t_embedder\.mlp\.0\.weight has shape \(1024, 64\)")
+    narrow = r"micro_embedder\.mlp\.0\.weight has shape \(1024, 256\), expected \(1024, 64\)"
+    refused(given | {"temb_layer1.weight": torch.zeros(TIME, 64)}, narrow)
     (tmp_path / "cut.pth").write_bytes(b"PK")
     with pytest.raises(MezzotintError, match="not a whole PyTorch file"):
         read_mdm(tmp_path / "cut.pth")

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from mezzotint import data
 from mezzotint.backbones import DIFFUSSM_CONFIGS, DIT_CONFIGS, MDM_CONFIGS
 from mezzotint.backbones.diffussm import Scan
+from mezzotint.backbones.layers import TIME_FREQUENCIES
 from mezzotint.backbones.nested import LevelConfig
 from mezzotint.backbones.s4d import Discretisation, Initialisation
 from mezzotint.errors import MezzotintError, closest
@@ -129,6 +130,8 @@ class OuterLevel(Settings):
     """Attention heads."""
     time_width: int | None = Field(None, ge=1)
     """Width of the embedding of time. None: the inside's."""
+    time_frequencies: int | None = Field(None, ge=1)
+    """Sinusoids of time: so many sines and as many cosines. None: the inside's, or 128 around a dit or diffussm."""
     groups: int = Field(32, ge=1)
     """Groups of the GroupNorms."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -192,6 +195,8 @@ class BackboneSettings(Settings):
     """unet: two more blocks at the lowest resolution, with attention between them."""
     time_width: int | None = Field(None, ge=1)
     """unet: width of the embedding of time. None: four times the first width."""
+    time_frequencies: int = Field(TIME_FREQUENCIES, ge=1)
+    """unet: sinusoids of time: so many sines and as many cosines; official MDM networks have time_width / 8 of each."""
     groups: int = Field(32, ge=1)
     """unet: groups of the GroupNorms."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -290,6 +295,7 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
         "feed_forward",
         "middle",
         "time_width",
+        "time_frequencies",
         "groups",
         "dropout",
         "micro_scale",

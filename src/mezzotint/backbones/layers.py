@@ -59,17 +59,18 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Network time (B,), DiT's runs from 0 to 999, → (B, width): sinusoids, cosines first, then a two-layer MLP.
 
-    The 128 frequencies fall geometrically from 1 towards 1/10,000, which the last one reaches with a `freq_shift` of 1.
+    The frequencies fall geometrically from 1 towards 1/10,000, which the last one reaches with a `freq_shift` of 1.
     """
 
-    def __init__(self, width: int, freq_shift: int = 0) -> None:
+    def __init__(self, width: int, freq_shift: int = 0, frequencies: int = TIME_FREQUENCIES) -> None:
         super().__init__()
         self.freq_shift = freq_shift
-        self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         # An angle of 999 radians means nothing in half precision: sinusoids are taken in float32 or better.
-        angles = _angles(t.to(torch.promote_types(t.dtype, torch.float32)), TIME_FREQUENCIES, self.freq_shift)
+        angles = _angles(t.to(torch.promote_types(t.dtype, torch.float32)), self.frequencies, self.freq_shift)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import Layer, fold_frames, unfold_frames
+from mezzotint.backbones.layers import TIME_FREQUENCIES, Layer, fold_frames, unfold_frames
 from mezzotint.backbones.unet import ConditionEmbedding, EmbeddedCondition, Trunk, UNet, zero_
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
@@ -50,6 +50,7 @@ class NestedUNet(Trunk):
     input_size: of the new level, inner's times 2^(levels − 1); None for that. frames: of the new level, a multiple of
     inner's (None: as many); inner is given the mean of each group of frames, and its features are repeated.
     tubelet_size: as in UNet; above 1, an inner feature is one of as long a time.
+    time_frequencies: None for the inner network's, or 128 where it is no UNet.
     normalise_input: the level's input is divided by its standard deviation, as in the middle one of the published
     1024 network.
 
@@ -72,6 +73,7 @@ class NestedUNet(Trunk):
         heads: int = 8,
         input_size: int | tuple[int, int] | None = None,
         time_width: int | None = None,
+        time_frequencies: int | None = None,
         groups: int = 32,
         dropout: float = 0.0,
         text_width: int | None = None,
@@ -123,6 +125,7 @@ class NestedUNet(Trunk):
             feed_forward=feed_forward,
             heads=heads,
             time_width=time_width,
+            time_frequencies=time_frequencies or int(getattr(inner, "time_frequencies", TIME_FREQUENCIES)),
             text_width=text_width,
             groups=groups,
             dropout=dropout,
@@ -279,6 +282,7 @@ class LevelConfig(TypedDict, total=False):
     feed_forward: bool
     middle: bool
     time_width: int
+    time_frequencies: int
     text_features: int
     text_width: int
     masked_text: bool

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones.layers import (
+    TIME_FREQUENCIES,
     Attention,
     LabelEmbedding,
     Layer,
@@ -64,6 +65,7 @@ class Trunk(nn.Module):
         feed_forward: bool,
         heads: int,
         time_width: int,
+        time_frequencies: int,
         text_width: int,
         groups: int,
         dropout: float,
@@ -84,6 +86,7 @@ class Trunk(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.time_width = time_width
+        self.time_frequencies = time_frequencies
         self.text_width = text_width
         self.micro_scale = micro_scale
         self.frames = frames
@@ -105,8 +108,11 @@ class Trunk(nn.Module):
                 resample,
             )
 
-        self.t_embedder = TimestepEmbedding(time_width)
-        self.micro_embedder = None if micro_scale is None else TimestepEmbedding(time_width)
+        def embedding() -> TimestepEmbedding:
+            return TimestepEmbedding(time_width, frequencies=time_frequencies)
+
+        self.t_embedder = embedding()
+        self.micro_embedder = None if micro_scale is None else embedding()
         if self.micro_embedder is not None:
             zero_(self.micro_embedder.mlp[-1])
         self.conv_in = nn.Conv2d(tubelet_size * in_channels, channels[0], 3, padding=1)
@@ -184,7 +190,8 @@ class UNet(Trunk):
     text_features: None for no captions, the width of a frozen encoder's features, or 0 for bytes. Their mean is added
     to the embedding of time, their tokens, `text_width` wide (None: `time_width`), are attended to wherever there is
     attention. `masked_text` False: padding is attended to, as well, as the published networks do.
-    time_width: None for four times the first width. groups: of every GroupNorm; where they do not divide a width, their
+    time_width: None for four times the first width. time_frequencies: time enters by so many sines and as many cosines,
+    in official networks an eighth of `time_width`. groups: of every GroupNorm; where they do not divide a width, their
     greatest common divisor is taken. micro_scale: side of an image that was not enlarged (micro conditioning, appendix
     A), None for a network that is not told.
     frames: F above 0 for video, (B, F, C, H, W). `temporal_attention` layers (True: one) follow the others of each
@@ -207,6 +214,7 @@ class UNet(Trunk):
         heads: int = 8,
         middle: bool = True,
         time_width: int | None = None,
+        time_frequencies: int = TIME_FREQUENCIES,
         groups: int = 32,
         dropout: float = 0.0,
         num_classes: int = 0,
@@ -230,6 +238,7 @@ class UNet(Trunk):
             feed_forward=feed_forward,
             heads=heads,
             time_width=time_width,
+            time_frequencies=time_frequencies,
             text_width=embedder.text_width,
             groups=groups,
             dropout=dropout,

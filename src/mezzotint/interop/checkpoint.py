@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from mezzotint.backbones import DIT_CONFIGS
-from mezzotint.backbones.layers import position_table
+from mezzotint.backbones.layers import TIME_FREQUENCIES, position_table
 from mezzotint.errors import MezzotintError
 from mezzotint.pipeline import build_backbone, load_tensors
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
@@ -224,22 +224,24 @@ def network_sizes(recipe: Recipe) -> dict[str, Any]:
     backbone = recipe.backbone
     sizes = {"name": backbone.name, **backbone.options()}
     if backbone.name == "unet":
-        sizes |= _resolved(sizes, 4 * backbone.channels[0])
+        sizes = _resolved(sizes, {"time_width": 4 * backbone.channels[0]})
         sizes["text_width"] = backbone.text_width or sizes["time_width"]
     elif backbone.name == "dit":
         sizes["mlp_ratio"] = int(backbone.width * backbone.mlp_ratio) / backbone.width  # as whole channels have it
+    inside: dict[str, Any] = {"time_frequencies": TIME_FREQUENCIES, **sizes}
     for i, level in enumerate(backbone.outer):
-        own = _resolved(level.model_dump(), sizes.get("time_width", 4 * level.channels[0]))
-        sizes |= {f"outer[{i}].{key}": value for key, value in own.items()}
+        inside = _resolved(level.model_dump(), {"time_width": 4 * level.channels[0], **inside})
+        sizes |= {f"outer[{i}].{key}": value for key, value in inside.items()}
     sizes = {f"backbone.{key}": value for key, value in sizes.items() if key.rpartition(".")[2] not in NO_SIZES}
     sizes |= {f"backbone.{side}": getattr(backbone, side) for side in ("input", "output")}
     return sizes | {"channels": recipe.latent_shape[0]}
 
 
-def _resolved(level: dict[str, Any], time_width: int) -> dict[str, Any]:
-    """A UNet's settings with what they leave open."""
+def _resolved(level: dict[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's settings with what they leave open, and of time what is so `otherwise`."""
     attention = level["attention"] or (0,) * len(level["channels"])
-    return level | {"attention": attention, "time_width": level["time_width"] or time_width}
+    times = ("time_width", "time_frequencies")
+    return level | {"attention": attention} | {key: level[key] or otherwise[key] for key in times}
 
 
 def network_words(recipe: Recipe) -> dict[str, Any]:

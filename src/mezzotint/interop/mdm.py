@@ -51,7 +51,7 @@ UNREADABLE = {
 RECIPES = ("mdm-64", "mdm-256", "mdm-1024")
 """What the published files mean, by their number of levels."""
 
-TOLD = ("channels", "resblocks", "attention", "feed_forward", "time_width")
+TOLD = ("channels", "resblocks", "attention", "feed_forward", "time_width", "time_frequencies")
 """Settings of any level that the shapes of its tensors tell."""
 
 
@@ -259,6 +259,7 @@ def _level(own: Mapping[str, Tensor]) -> LevelConfig:
         "attention": tuple(count(rf"down_blocks\.{i}\.attn") // resblocks[i] for i in levels),
         "feed_forward": any(".ffn." in name for name in own),
         "time_width": len(own["t_embedder.mlp.0.weight"]),
+        "time_frequencies": own["t_embedder.mlp.0.weight"].shape[1] // 2,
     }
 
 
