@@ -256,13 +256,19 @@ def test_resume_says_that_there_is_nothing_to_resume(
     assert_same_weights(whole, tmp_path / "new")
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny: Recipe, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny: Recipe, whole: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     newest = Checkpoints(whole / "state", ALONE, 2).path(6)
     data = next(newest.glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:100])
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    data.write_bytes(content[:100] if damage == "cut" else content)
     before = weights(whole)
     mezzotint.train(tiny, whole, resume=True, quiet=True)
-    assert "step-00000006 is damaged" in caplog.text
+    (sentence,) = caplog.messages
+    assert f"step-00000006 is damaged: {data.name} has" in sentence
     assert Checkpoints(whole / "state", ALONE, 2).latest() == 6
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, before[name])

@@ -849,6 +849,7 @@ def cost(
     from dataclasses import asdict
 
     from mezzotint.evaluation import cost as counting
+    from mezzotint.files import readable_size
     from mezzotint.pipeline import PRECISIONS
     from mezzotint.recipe import load_recipe
     from mezzotint.training.parallel import choose_device
@@ -883,7 +884,7 @@ def cost(
     forward = f"{counted.gmacs:,.4g} GMACs"
     compared("forward pass of one example", counted.gmacs, forward, paper.gmacs if paper else None)
     compared("training on one example", 0, f"{counted.training_gmacs:,.4g} GMACs")
-    activations = f"{_bytes(memory)} an example, {_bytes(micro * memory)} at {micro}"
+    activations = f"{readable_size(memory)} an example, {readable_size(micro * memory)} at {micro}"
     compared(f"activations, {settings.precision}", 0, activations)
     compared(f"matrix products here, {settings.precision}", 0, f"{rate:,.0f} GMAC/s ({here})")
     compared(f"{settings.steps:,} steps of {settings.batch_size} at that rate", 0, _duration(seconds))
@@ -896,13 +897,6 @@ def cost(
                 costs = [str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
             table.add_row(name, *costs)
         results.print(table)
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number / 2**10:,.0f} KiB"
 
 
 def _duration(seconds: float) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mezzotint import interpolants
@@ -21,7 +20,7 @@ from mezzotint.conditions.encoders import TextEncoder
 from mezzotint.conditions.text import Bytes, Captioner, Text
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, save_tensors
+from mezzotint.files import atomic_path, read_tensors, save_tensors
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
@@ -187,17 +186,6 @@ def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> N
     """Write a backbone's parameters and buffers as safetensors, whole or not at all."""
     with atomic_path(path) as temporary:
         save_tensors(backbone.state_dict(), temporary, {"format": "mezzotint", **metadata})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises `MezzotintError` where it is cut off or not one."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MezzotintError(
-            f"{path} is not a whole safetensors file ({error}); take another checkpoint or copy it again"
-        ) from None
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -22,8 +22,8 @@ from mezzotint.evaluation.sources import (
     of_first,
     to_channels,
 )
-from mezzotint.files import cache_folder, tensors_digest
-from mezzotint.pipeline import load_tensors, read_tensors, save_weights
+from mezzotint.files import cache_folder, read_tensors, tensors_digest
+from mezzotint.pipeline import load_tensors, save_weights
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import DataSettings
 

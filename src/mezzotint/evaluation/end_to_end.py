@@ -36,8 +36,8 @@ from mezzotint.evaluation.probe import Labelled, accuracy
 from mezzotint.evaluation.probing import TIMES, labelled_sources
 from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import features_with_gradients, layers_of, pooled_features
-from mezzotint.files import check_free, new_folder, write_text
-from mezzotint.pipeline import PRECISIONS, Pipeline, build, load_tensors, read_tensors, save_weights
+from mezzotint.files import check_free, new_folder, read_tensors, write_text
+from mezzotint.pipeline import PRECISIONS, Pipeline, build, load_tensors, save_weights
 from mezzotint.progress import console, track
 from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings, TrainingSettings, load_recipe

@@ -39,8 +39,8 @@ from mezzotint.evaluation.probe import (
 from mezzotint.evaluation.sources import DatasetSource, image_source
 from mezzotint.evaluation.sweep import figure_class
 from mezzotint.features import check_time, chosen_layers, layers_of, pooled_features
-from mezzotint.files import atomic_path, cache_folder, save_tensors, tensors_digest
-from mezzotint.pipeline import Pipeline, read_tensors
+from mezzotint.files import atomic_path, cache_folder, read_tensors, save_tensors, tensors_digest
+from mezzotint.pipeline import Pipeline
 from mezzotint.progress import track
 from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings

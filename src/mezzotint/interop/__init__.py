@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mezzotint import pipeline
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import new_folder, save_tensors
+from mezzotint.files import new_folder, read_tensors, save_tensors
 from mezzotint.interop import diffusers, hub, mdm, official
 from mezzotint.interop.checkpoint import (
     Checkpoint,
@@ -23,7 +23,7 @@ from mezzotint.interop.checkpoint import (
     network_words,
     parse_header,
 )
-from mezzotint.pipeline import Pipeline, build_denoiser, read_tensors
+from mezzotint.pipeline import Pipeline, build_denoiser
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.representations.tokenizer import OWN_FOLDER, TOKENIZERS
 

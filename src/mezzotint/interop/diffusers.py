@@ -26,7 +26,7 @@ from torch import Tensor
 from mezzotint.backbones.layers import position_table
 from mezzotint.conditions.imagenet import imagenet_class_names
 from mezzotint.errors import MezzotintError
-from mezzotint.files import save_tensors
+from mezzotint.files import read_tensors, save_tensors
 from mezzotint.interop import hub
 from mezzotint.interop.checkpoint import (
     Checkpoint,
@@ -38,7 +38,6 @@ from mezzotint.interop.checkpoint import (
 )
 from mezzotint.interop.official import unpickle
 from mezzotint.interpolants import interpolant
-from mezzotint.pipeline import read_tensors
 from mezzotint.recipe import Recipe
 
 NULL_CLASS = 1000

@@ -18,18 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mezzotint.errors import MezzotintError
-from mezzotint.files import save_tensors, write_text
+from mezzotint.files import file_checksum, read_tensors, save_tensors, write_text
 from mezzotint.settings import Settings
 
 TokenizerName = Literal["patch-pca", "patch-ae", "patch-vae", "conv-vae"]
 TOKENIZERS: tuple[str, ...] = get_args(TokenizerName)
 FORMAT = 1
 INFO, WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
+INFO_CHECKSUM = "tokenizer.json"  # the key in the weights' header of the CRC-32 of the file beside them
 OWN_FOLDER = "tokenizer"  # that of a run's own tokenizer, within its folder
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # as diffusers clamps them
 
@@ -372,8 +371,9 @@ CLASSES: dict[str, type[Tokenizer]] = {
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer.safetensors into a folder that is not in use yet."""
-    save_tensors(tokenizer.state_dict(), folder / WEIGHTS, {"format": "mezzotint"})
     write_text(folder / INFO, json.dumps(tokenizer.info.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    about = {"format": "mezzotint", INFO_CHECKSUM: file_checksum(folder / INFO)}
+    save_tensors(tokenizer.state_dict(), folder / WEIGHTS, about)
 
 
 def open_tokenizer(
@@ -400,13 +400,19 @@ def open_tokenizer(
         )
     tokenizer = CLASSES[info.name](info)
     try:
-        tokenizer.load_state_dict(load_file(folder / WEIGHTS))
+        tensors, about = read_tensors(folder / WEIGHTS)
+        described = about.get(INFO_CHECKSUM) in (None, file_checksum(folder / INFO))
+        tokenizer.load_state_dict(tensors)
         tokenizer.digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, MezzotintError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:200]
         raise MezzotintError(
             f"{folder / WEIGHTS} cannot be read ({problem}); fit the tokenizer again or copy its folder again"
         ) from None
+    if not described:
+        raise MezzotintError(
+            f"{folder / INFO} is damaged, or not that of {WEIGHTS}; fit the tokenizer again or copy its folder again"
+        )
     return tokenizer.requires_grad_(False).eval().to(device)
 
 

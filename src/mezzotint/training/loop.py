@@ -63,7 +63,13 @@ TRAINING, VALIDATION = 1, 2
 
 
 def train(
-    recipe: Recipe, run: str | Path, *, resume: bool = False, device: str = "auto", quiet: bool = False
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+    trust_code: bool = False,
 ) -> Pipeline:
     """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
 
@@ -71,7 +77,8 @@ def train(
     state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, adapter/ with LoRA, and tokenizer/, which is
     copied or fitted first. With `resume`, training goes on from the newest whole checkpoint and ends with the very
     weights of an uninterrupted run. Started by torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM
-    saves a checkpoint and raises `KeyboardInterrupt`.
+    saves a checkpoint and raises `KeyboardInterrupt`. trust_code: import the module:function that the recipe may name,
+    and resume states that another user wrote.
 
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
     """
@@ -97,7 +104,7 @@ def train(
         reader = captioner(recipe, here.device) if text else None
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
         check_run(run, recipe, resume, here)
-        checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints)
+        checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints, trust_code=trust_code)
         step = (checkpoints.latest() or 0) if resume else 0
         if resume and not step and here.is_main:
             logger.warning("%s has no whole checkpoint: training begins at its first step", run)
@@ -149,7 +156,7 @@ def train(
             write_text(run / "recipe.yaml", recipe.to_yaml())
         if step:
             state = training_state(denoiser, optimizer, ema)
-            checkpoints.load(step, state)  # the averages are filled in place
+            step = checkpoints.load(step, state)  # the averages are filled in place
             set_state_dict(backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"])
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
         if here.is_main and not quiet:

@@ -1,0 +1,273 @@
+"""Files that were cut, flipped, or written by somebody with other intentions: found, never used, never run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from mezzotint.errors import MezzotintError
+from mezzotint.files import atomic_path, file_checksum, read_tensors, save_tensors, tensors_checksum
+from mezzotint.training.checkpoints import MANIFEST, Checkpoints
+from mezzotint.training.parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def state(value: float) -> dict[str, Any]:
+    """Every kind of thing that a training state has."""
+    return {
+        "backbone": {"weight": torch.full((3, 2), value), "half": torch.full((2,), value, dtype=torch.bfloat16)},
+        "optimizer": {"param_groups": {"lr": value, "betas": (0.9, value), "fused": None, "amsgrad": False}},
+        "ema": [{"weight": torch.full((3, 2), -value)}],
+    }
+
+
+def value_of(state: dict[str, Any]) -> float:
+    """The number that a `state` was made of; fails unless all of it was."""
+    value: float = state["optimizer"]["param_groups"]["lr"]
+    expected = globals()["state"](value)
+    assert state["optimizer"] == expected["optimizer"]
+    for key in ("weight", "half"):
+        assert torch.equal(state["backbone"][key], expected["backbone"][key])
+    assert torch.equal(state["ema"][0]["weight"], expected["ema"][0]["weight"])
+    return value
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """States of steps 1 and 2, holding the numbers 1 and 2."""
+    made = Checkpoints(tmp_path / "state", ALONE, keep=2)
+    for step in (1, 2):
+        made.save(step, state(float(step)))
+    return made
+
+
+@contextmanager
+def changed(file: Path, content: bytes) -> Iterator[None]:
+    before = file.read_bytes()
+    file.write_bytes(content)
+    yield
+    file.write_bytes(before)
+
+
+def flips(content: bytes, count: int) -> Iterator[bytes]:
+    """`content` with one bit flipped, at about `count` places from its first byte to its last."""
+    for number, place in enumerate(range(0, len(content), max(1, len(content) // count))):
+        yield content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :]
+
+
+# --------------------------------------------------------------------------------------------------- training states
+
+
+def test_every_flipped_bit_of_a_state_is_found(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest() == 2
+    files = sorted(checkpoints.path(2).iterdir())
+    assert [file.name for file in files] == [".metadata", "__0_0.distcp", MANIFEST]
+    for file in files:
+        for content in flips(file.read_bytes(), 100):
+            with changed(file, content):
+                assert checkpoints.latest() == 1, file.name
+    read = state(0.0)
+    assert checkpoints.load(2, read) == 2
+    assert value_of(read) == 2
+
+
+def test_the_manifest_holds_sizes_and_crc32(checkpoints: Checkpoints) -> None:
+    place = checkpoints.path(2)
+    manifest = json.loads((place / MANIFEST).read_text())
+    assert manifest == {
+        name: {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+        for name in (".metadata", "__0_0.distcp")
+        if (content := (place / name).read_bytes())
+    }
+
+
+def test_processes_share_the_reading(checkpoints: Checkpoints) -> None:
+    (checkpoints.path(2) / "__0_0.distcp").write_bytes(b"")
+    found = [Checkpoints(checkpoints.folder, World(rank, 2, torch.device("cpu")), 2).damage(2) for rank in (0, 1)]
+    assert found[0] == ""
+    assert found[1].startswith("__0_0.distcp has not the")
+
+
+def of_before(place: Path) -> None:
+    """Give a state the manifest that earlier versions wrote: sizes alone."""
+    sizes = {file.name: file.stat().st_size for file in place.iterdir() if file.name != MANIFEST}
+    (place / MANIFEST).write_text(json.dumps(sizes))
+
+
+def test_a_state_of_earlier_versions_is_read_and_fails_over_to_the_one_before(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        of_before(checkpoints.path(step))
+    read = state(0.0)
+    assert checkpoints.load(2, read) == 2
+    assert value_of(read) == 2
+    file = checkpoints.path(2) / ".metadata"
+    content = file.read_bytes()
+    file.write_bytes(content[:9] + b"?" + content[10:])
+    assert checkpoints.latest() == 2, "no checksum: only reading it tells"
+    assert checkpoints.load(2, read) == 1
+    assert value_of(read) == 1
+    (sentence,) = caplog.messages
+    assert "step-00000002 is damaged: .metadata cannot be read" in sentence
+    file = checkpoints.path(1) / "__0_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(MezzotintError, match=r"no checkpoint in .*state can be read .*remove that folder to begin"):
+        checkpoints.load(2, read)
+
+
+# ------------------------------------------------------------------------------------------------ nothing in them runs
+
+
+class Code:
+    """Pickled, a call that makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.made,)
+
+
+def test_pickled_code_in_a_state_never_runs(
+    checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tmp_path / "made"
+    pickle.loads(pickle.dumps(Code(made)))
+    assert made.exists(), "the pickle works"
+    made.unlink()
+
+    checkpoints.save(3, state(3.0) | {"more": Code(made)})  # among what is no tensor
+    with pytest.raises(MezzotintError, match=r"no checkpoint .* can be read"):  # the others have no "more"
+        checkpoints.load(3, state(0.0) | {"more": None})
+    assert "step-00000003 is damaged: it holds more than tensors and numbers" in caplog.text
+
+    checkpoints.save(3, state(3.0))
+    (checkpoints.path(3) / ".metadata").write_bytes(pickle.dumps(Code(made)))
+    of_before(checkpoints.path(3))
+    assert checkpoints.load(3, state(0.0)) == 2
+    assert ".metadata cannot be read (it names pathlib.Path.touch, which is not part of" in caplog.messages[-1]
+    assert not made.exists()
+
+
+def test_metadata_that_name_files_elsewhere_are_refused(checkpoints: Checkpoints) -> None:
+    file = checkpoints.path(2) / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = "../step-00000001/__0_0.distcp"
+    file.write_bytes(pickle.dumps(metadata))
+    of_before(checkpoints.path(2))
+    read = state(0.0)
+    assert checkpoints.load(2, read) == 1
+    assert value_of(read) == 1
+
+
+def test_a_state_of_another_user_is_refused(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.getuid()
+    if own == 0:
+        os.chown(checkpoints.path(2) / "__0_0.distcp", 54321, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    with pytest.raises(MezzotintError, match=r"step-00000002.* was written by another user .*--trust-code"):
+        checkpoints.latest()
+    assert Checkpoints(checkpoints.folder, ALONE, 2, trust_code=True).latest() == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- full disk
+
+
+def test_a_full_disk_says_how_much_is_needed(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(BytesIO):
+        def write(self, content: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {file: file.read_bytes() for file in checkpoints.folder.rglob("*") if file.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", contextmanager(lambda *_: iter([Full()])))
+        with pytest.raises(MezzotintError, match=r"checkpoint .*03: No space left on device \(64 KiB are needed, "):
+            checkpoints.save(3, state(3.0) | {"large": torch.zeros(2**14)})
+    assert {file: file.read_bytes() for file in checkpoints.folder.rglob("*") if file.is_file()} == before
+
+
+def test_weights_on_a_full_disk(tmp_path: Path) -> None:
+    """A real failing write: the process may not write files of more than 8 KiB."""
+
+    def write() -> None:
+        with atomic_path(tmp_path / "here") as temporary:
+            save_tensors({"x": torch.zeros(2**20)}, temporary, {})
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(MezzotintError, match=r"cannot write .*here: .*File too large.*4\.0 MiB are needed"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return {"b": torch.arange(6.0).view(2, 3), "a": torch.ones((), dtype=torch.bfloat16), "empty": torch.zeros(0, 2)}
+
+
+def test_every_flipped_bit_of_weights_is_found(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    about = {"format": "mezzotint", "class_names": '["cat", "dog"]'}
+    save_tensors(tensors, file, about)
+    found, metadata = read_tensors(file)
+    assert metadata == about
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    passed = 0
+    for content in flips(file.read_bytes(), 250):
+        with changed(file, content):
+            try:
+                found, metadata = read_tensors(file)
+            except MezzotintError:
+                continue
+        # Only the checksum's own name: without it the file is one of before, whose tensors are what they were.
+        passed += 1
+        assert {key: metadata[key] for key in about} == about
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert passed <= len("crc32")
+
+
+def test_weights_without_a_checksum_are_read_as_before(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "others.safetensors"
+    save_file(tensors, file, {"format": "pt"})
+    assert read_tensors(file)[1] == {"format": "pt"}
+    save_tensors(tensors, file, {"format": "pt"})
+    assert load_file(file).keys() == tensors.keys()
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    save_file({"b": tensors["b"] + 1}, file, header["__metadata__"])
+    with pytest.raises(MezzotintError, match=r"others.safetensors is damaged: .*leaves crc32 out of the header"):
+        read_tensors(file)
+
+
+def test_checksums_are_crc32_of_names_shapes_dtypes_and_values(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"123456789")
+    assert file_checksum(tmp_path / "file") == "cbf43926", "the check value of CRC-32/ISO-HDLC"
+    one = {"x": torch.tensor([1, 2], dtype=torch.uint8)}
+    assert tensors_checksum(one, {}) == f"{zlib.crc32(b'[]x (2,) torch.uint8' + bytes([1, 2])):08x}"
+    others = [{"y": one["x"]}, {"x": one["x"].view(1, 2)}, {"x": one["x"].view(torch.int8)}, {"x": one["x"].flip(0)}]
+    assert len({tensors_checksum(other, {}) for other in [one, *others]} | {tensors_checksum(one, {"a": "b"})}) == 6
