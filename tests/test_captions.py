@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+import unicodedata
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -237,6 +239,12 @@ def test_folder_holds_images_out_with_their_captions(tmp_path: Path) -> None:
         ('{"file_name": "01.png", "title": "x"}', {}, "line 2 of .* no caption; .* under the key text or caption or"),
         ('{"file_name": "01.png", "text": []}', {}, "line 2 of .* no caption"),
         ('{"file_name": "01.png", "text": 5}', {}, "line 2 of .* no caption"),
+        ('{"file_name": "01.png", "text": null}', {}, "line 2 of .* no caption"),
+        ('{"file_name": "01.png", "text": [null]}', {}, "line 2 of .* no caption"),
+        ('{"file_name": "01.png", "text": "x"},', {}, "line 2 of .* is not JSON"),
+        ('{"file_name": null, "text": "x"}', {}, "line 2 of .* names no file"),
+        ("[" * 100_000, {}, r"line 2 of .* is not JSON \(it is nested too deeply\)"),
+        ('{"file_name": "/nowhere/01.png", "text": "x"}', {}, "names 1 images that are not there: .*nowhere/01.png"),
         ('{"file_name": "01.png", "text": "x"}', {"caption_column": "title"}, "line 1 of .* no caption; .* key title"),
         ('{"file_name": "77.png", "text": "x"}', {}, "names 1 images that are not there: 77.png; add the files"),
         ("", {}, "1 images have no caption in .*: 01.png; add a line for each"),
@@ -247,6 +255,80 @@ def test_folder_explains_a_bad_file(tmp_path: Path, line: str, options: dict, se
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "zero"}\n' + line)
     with pytest.raises(MezzotintError, match=sentence):
         load("captions", path=tmp_path, size=8, **options)
+
+
+def test_folder_captions_with_nulls_and_other_paths(tmp_path: Path) -> None:
+    folder = write_captioned(tmp_path, range(5), [])
+    picture(5).save(folder / unicodedata.normalize("NFD", "é.png"))  # as macOS writes it
+    (folder / "deep").mkdir()
+    (folder / "04.png").rename(folder / "deep" / "04.png")
+    entries = [
+        {"file_name": "00.png", "text": None, "caption": "zero"},
+        {"file_name": str(folder / "01.png"), "text": ["one", None, "uno"]},
+        {"file_name": ".\\02.png", "text": [], "captions": ["two"]},
+        {"file_name": "03.png", "text": [None], "caption": "three"},
+        {"file_name": "deep\\04.png", "text": ""},
+        {"file_name": "é.png", "text": "five"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8-sig")
+    dataset = load("captions", path=folder, size=8)
+    expected = [("zero",), ("one", "uno"), ("two",), ("three",), ("five",), ("",)]  # a folder's own files come first
+    assert dataset.captions(range(6)) == expected
+
+
+def test_folder_captions_in_tables(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    names = ["00.png", "01.png"]
+    (write_captioned(tmp_path / "csv", range(2)) / "metadata.jsonl").unlink()
+    (tmp_path / "csv" / "metadata.csv").write_text(
+        'file_name,width,text\r\n01.png,8,"one, ""uno"""\r\n00.png,8,zero\r\n', encoding="utf-8-sig"
+    )
+    (write_captioned(tmp_path / "parquet", range(2)) / "metadata.jsonl").unlink()
+    table = pa.table({"file_name": names, "text": [None, "ein"], "captions": [["zero"], ["one", None]]})
+    parquet.write_table(table, tmp_path / "parquet" / "metadata.parquet")
+    assert load("captions", path=tmp_path / "csv", size=8).captions(range(2)) == [("zero",), ('one, "uno"',)]
+    assert load("captions", path=tmp_path / "parquet", size=8).captions(range(2)) == [("zero",), ("ein",)]
+    captions = load("captions", path=tmp_path / "parquet", size=8, caption_column="captions").captions(range(2))
+    assert captions == [("zero",), ("one",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "metadata.csv",
+            b"file_name,text\n00.png,a cat, on a sofa\n",
+            "line 2 of .* more fields than the first line; put",
+        ),
+        ("metadata.csv", b"file_name;text\n00.png;a cat\n", "line 2 of .* names no file"),
+        ("metadata.csv", b"file_name,text\n00.png,\n", "line 2 of .* no caption; expected a string"),
+        (
+            "metadata.csv",
+            b'file_name,text\n00.png,"' + b"x" * 200_000,
+            r"metadata.csv is not CSV after line 1 \(field larger",
+        ),
+        ("metadata.csv", "file_name,text\n00.png,x\n".encode("utf-16"), "cannot be read .*; write it again as UTF-8"),
+        ("metadata.parquet", b"PAR1 no", "metadata.parquet cannot be read .*; write it again as parquet"),
+    ],
+)
+def test_folder_explains_a_bad_table(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    pytest.importorskip("pyarrow")
+    (write_captioned(tmp_path, range(1)) / "metadata.jsonl").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MezzotintError, match=sentence):
+        load("captions", path=tmp_path, size=8)
+
+
+def test_folder_captions_in_two_files_or_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (write_captioned(tmp_path, range(1)) / "metadata.parquet").write_bytes(b"")
+    with pytest.raises(MezzotintError, match=r"several files of captions, metadata.jsonl, metadata.parquet; keep one"):
+        load("captions", path=tmp_path, size=8)
+    (tmp_path / "metadata.jsonl").unlink()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MezzotintError, match=r"pip install 'mezzotint\[hub\]', or write metadata.jsonl"):
+        load("captions", path=tmp_path, size=8)
 
 
 def test_folder_without_a_file(tmp_path: Path) -> None:
@@ -280,7 +362,7 @@ def test_shards_are_shuffled_anew_every_epoch(shards: Path) -> None:
     assert {tuple(keys[i : i + 4]) for i in (0, 4, 8)} == {tuple(everything[i : i + 4]) for i in (0, 4, 8)}
 
 
-def test_shards_by_pattern_split_and_fraction(shards: Path) -> None:
+def test_shards_by_pattern_split_and_fraction(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     def keys(**options: object) -> set[str]:
         stream = load("webdataset", size=8, **options)
         assert isinstance(stream, TarStream)
@@ -292,11 +374,33 @@ def test_shards_by_pattern_split_and_fraction(shards: Path) -> None:
     assert (len(train), len(test)) == (2, 1)
     assert train | test == keys(path=shards)
     (shards / "test").mkdir()
+    assert keys(path=shards) == {"000.tar", "001.tar", "002.tar"}  # that folder is empty
     (shards / "train").mkdir()
     (shards / "000.tar").rename(shards / "test" / "000.tar")
     (shards / "001.tar").rename(shards / "train" / "001.tar")
     assert keys(path=shards, split="test") == {"000.tar"}
     assert keys(path=shards) == {"001.tar"}
+    assert [message.split(" has ")[1] for message in caplog.messages] == [
+        "splits, and 1 tar shards beside them are left out: 002.tar"
+    ] * 2
+
+
+def test_shards_whose_names_tell_the_split(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def keys(split: str = "train", **options: object) -> list[str]:
+        stream = load("webdataset", split, path=shards, size=8, **options)
+        assert isinstance(stream, TarStream)
+        return [shard.name for shard in stream.shards]
+
+    for old, new in (("000", "set-train-000"), ("001", "set-validation-000"), ("002", "set-train-001")):
+        (shards / f"{old}.tar").rename(shards / f"{new}.tar")
+    assert keys() == ["set-train-000.tar", "set-train-001.tar"]
+    assert keys("test") == ["set-validation-000.tar"]
+    with pytest.raises(MezzotintError, match="a test split of its own, 'validation'"):
+        keys(test_fraction=0.5)
+    assert not caplog.messages
+    (shards / "set-train-001.tar").rename(shards / "other.tar")
+    assert keys() == ["other.tar", "set-train-000.tar", "set-validation-000.tar"]
+    assert "all 3 tar shards are taken for training, among them set-validation-000.tar" in caplog.text
 
 
 def test_braces_are_those_of_shells() -> None:
@@ -337,6 +441,34 @@ def test_broken_examples_of_shards_are_replaced(tmp_path: Path, caplog: pytest.L
     few = load("webdataset", path=tmp_path, size=8, max_unreadable=2)
     with pytest.raises(MezzotintError, match="3 images cannot be read, and at most 2 may be skipped"):
         [few.decode(window, i) for i in range(6)]
+
+
+def test_a_broken_first_caption_of_shards_says_nothing_about_the_others(tmp_path: Path) -> None:
+    broken = [b'{"caption": "zero",}', b'{"caption": null}', b'{"caption": [null]}', b"[" * 100_000, b"\xff"]
+    examples = [{"png": png(i), "json": text} for i, text in enumerate(broken)]
+    examples += [{"png": png(i), "json": b'{"caption": ["x", null]}'} for i in range(5, 8)]
+    write_shard(tmp_path / "0.tar", examples)
+    stream = load("webdataset", path=tmp_path, size=8, shuffle_buffer=1, max_unreadable=5)
+    window = take(stream, 0, 8)
+    assert [stream.decode(window, i).captions for i in range(8)] == [("x",)] * 8
+    write_shard(tmp_path / "0.tar", examples[:1])
+    with pytest.raises(MezzotintError, match=r"the caption of data/0000 .* cannot be read \(.*\); mend it"):
+        load("webdataset", path=tmp_path, size=8)
+
+
+def test_byte_order_marks_in_shards(tmp_path: Path) -> None:
+    files = {"txt": "zero", "json": '{"text": "zero"}', "cls": "1"}
+    for kind, text in files.items():
+        write_shard(tmp_path / kind / "0.tar", [{"png": png(0), kind: text.encode("utf-8-sig")}])
+    (tmp_path / "cls" / "classnames.txt").write_text("tench\ngoldfish\n", encoding="utf-8-sig")
+    for kind in files:
+        stream = load("webdataset", path=tmp_path / kind, size=8)
+        example = stream.decode(take(stream, 0, 1), 0)
+        assert (example.captions, example.label) == (((), 1) if kind == "cls" else (("zero",), -1))
+    assert stream.class_names == ("tench", "goldfish")
+    (tmp_path / "cls" / "classnames.txt").write_text("tench\ngoldfish\n", encoding="utf-16")
+    with pytest.raises(MezzotintError, match=r"classnames.txt cannot be read .*; write it again as UTF-8"):
+        load("webdataset", path=tmp_path / "cls", size=8)
 
 
 def test_shards_explain_mistakes(shards: Path, tmp_path: Path) -> None:
@@ -391,3 +523,32 @@ def test_hugging_face_captions_and_labels(tmp_path: Path) -> None:
     for wanted, sentence in (("kind", "not captions; expected strings"), ("txt", "no column 'txt'; closest: text")):
         with pytest.raises(MezzotintError, match=sentence):
             load("huggingface", path=tmp_path, size=8, caption_column=wanted)
+
+
+def hub_captions(folder: Path, texts: list, several: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    text = datasets.Value("string")
+    features = {"image": datasets.Image(), "text": datasets.Sequence(text) if several else text}
+    rows = {"image": [picture(i) for i in range(len(texts))], "text": texts}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "texts",
+    [["zero", None, "two"], [["zero"], [], ["two"]], [["zero"], [None], [None, "two"]], [["zero"], None, ["two"]]],
+)
+def test_hugging_face_captions_with_holes(tmp_path: Path, texts: list, streaming: bool) -> None:
+    hub_captions(tmp_path, texts, several=isinstance(texts[0], list))
+    options = {"path": tmp_path, "size": 8, "labels": False, "caption_column": "text", "streaming": streaming}
+    dataset = load("huggingface", max_unreadable=1, **options)
+    if isinstance(dataset, ImageStream):
+        window = take(dataset, 0, 3)
+        assert {dataset.decode(window, i).captions for i in range(3)} == {("zero",), ("two",)}
+        return
+    assert dataset.captions(range(3)) == [("zero",), ("two",), ("two",)]  # before any image was read, too
+    assert torch.equal(dataset[1][0], pixels(2))
+    with pytest.raises(
+        MezzotintError, match=r"1 of 3 images of .* no caption .*, example 1 among them, and at most 0 may"
+    ):
+        load("huggingface", max_unreadable=0, **options)

@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mezzotint.data import InMemoryImages, digits, hugging_face, idx, image_fold
 from mezzotint.data.base import DecodedImages
 from mezzotint.data.huggingface import HubStream
 from mezzotint.data.idx_files import FASHION_CLASSES, FASHION_MNIST
+from mezzotint.data.splits import NoSuchSplit, split_of
 from mezzotint.data.transforms import adm_center_crop, flip, to_float, to_uint8
 from mezzotint.errors import MezzotintError
 
@@ -240,6 +242,91 @@ def test_folder_uses_its_own_splits(tmp_path: Path) -> None:
         image_folder(tmp_path, 8, "test")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("Training", "Testing"),
+        ("train", "dev"),
+        ("training", "evaluation"),
+        ("train2017", "val2017"),
+        ("training_set", "test_set"),
+        ("TRAIN", "Valid"),
+        ("DIV2K_train_HR", "DIV2K_valid_HR"),
+    ],
+)
+def test_folder_splits_under_other_names(tmp_path: Path, train: str, test: str) -> None:
+    for split, count in ((train, 3), (test, 2)):
+        for kind in ("cat", "dog"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(count):
+                picture(i).save(tmp_path / split / kind / f"{i}.png")
+    (tmp_path / "annotations").mkdir()
+    if not train.startswith("DIV"):
+        (tmp_path / "annotations" / "notes.txt").write_text("no image, so in nobody's way")
+    else:
+        (tmp_path / "annotations").rmdir()
+    for split, count in (("train", 6), ("test", 4)):
+        dataset = image_folder(tmp_path, 8, split)
+        assert (dataset.class_names, len(dataset)) == (("cat", "dog"), count)
+
+
+def test_folder_with_a_preferred_and_another_test_split(tmp_path: Path) -> None:
+    for i, file in enumerate(("train/a/0.png", "train/b/0.png", "val/b/0.png", "test/0.png")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(tmp_path / file)
+    held_out = image_folder(tmp_path, 8, "test")  # `test` has no classes, as a competition's has none
+    assert [Path(held_out.pictures.name(i)).parent.parent.name for i in range(len(held_out))] == ["val"]
+    assert Path(image_folder(tmp_path, 8, "test", labels=False).pictures.name(0)).parent.name == "test"
+    (tmp_path / "val").rename(tmp_path / "Test")
+    with pytest.raises(MezzotintError, match="several test splits, Test, test; expected one"):
+        image_folder(tmp_path, 8, "test", labels=False)
+
+
+def test_folder_whose_sub_folders_may_be_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i, file in enumerate(("train/a/0.png", "bus/0.png", "car/0.png")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(tmp_path / file)
+    assert image_folder(tmp_path, 8).class_names == ("bus", "car", "train")
+    assert [m.split(": ")[1] for m in caplog.messages] == [
+        "train is taken for a class, not for a split, beside bus, car"
+    ]
+    (tmp_path / "car").rename(tmp_path / "val")
+    for labels in (True, False):
+        with pytest.raises(
+            MezzotintError, match=r"has splits, train, val, and images beside them, in bus; expected spl"
+        ):
+            image_folder(tmp_path, 8, labels=labels)
+
+
+def test_folder_with_splits_inside_of_classes(tmp_path: Path) -> None:
+    for i, file in enumerate(("cat/train/0.png", "cat/test/0.png", "dog/train/0.png", "dog/test/0.png")):
+        (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(tmp_path / "set" / file)
+    with pytest.raises(MezzotintError, match=r"splits inside of cat: test, train; expected classes inside of splits"):
+        image_folder(tmp_path / "set", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "within"),
+    [
+        *[(name, "train", "train") for name in ("train", "Training", "train_set", "train2017", "training-images")],
+        *[
+            (name, "test", "test")
+            for name in ("test", "VAL", "valid", "validation", "dev", "Eval", "test-set", "val 2")
+        ],
+        *[(name, None, "train") for name in ("DIV2K_train_HR", "imagenet-train-0000", "train_station")],
+        *[(name, None, "test") for name in ("a-validation-00", "x.test")],
+        *[
+            (name, None, None)
+            for name in ("restrain", "contest", "value", "device", "latest", "trains", "protest1", "")
+        ],
+    ],
+)
+def test_names_of_splits(name: str, alone: str | None, within: str | None) -> None:
+    assert (split_of(name), split_of(name, within=True)) == (alone, within)
+
+
 def test_folder_explains_what_is_missing(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(MezzotintError, match=r"does not exist; set data.path"):
         image_folder(tmp_path / "nowhere", 8)
@@ -400,8 +487,65 @@ def test_hugging_face_unreadable_images(tmp_path: Path, caplog: pytest.LogCaptur
 def test_hugging_face_label_that_is_no_class(tmp_path: Path) -> None:
     rows = hub_rows(3).map(lambda row: {"kind": -1 if row["number"] == 1 else row["kind"]})
     rows.save_to_disk(tmp_path)
+    with pytest.raises(MezzotintError, match=r"label -1, expected 0 to 2, in example 1, .* set data.labels=false"):
+        hugging_face(tmp_path, 8)
+    stream = hugging_face(tmp_path, 8, streaming=True)
+    assert isinstance(stream, HubStream)
     with pytest.raises(MezzotintError, match=r"label -1, expected 0 to 2; .* set data.labels=false"):
-        hugging_face(tmp_path, 8)[1]
+        [stream.decode([row], 0) for row in islice(stream.read(0, 0), 3)]
+
+
+def hub_labels(labels: list[int | None]) -> datasets.Dataset:
+    """`hub_rows` with other labels."""
+    rows = hub_rows(len(labels))
+    return rows.map(lambda row: {"kind": labels[row["number"]]})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_test_split_without_labels(tmp_path: Path, streaming: bool) -> None:
+    """As ImageNet's: its 100,000 test images have the label −1, and 50,000 for validation have labels."""
+    unknown = hub_labels([-1, None, -1])
+    datasets.DatasetDict(train=hub_rows(6), validation=hub_labels([2, 1]), test=unknown).save_to_disk(tmp_path / "both")
+    held_out = hugging_face(tmp_path / "both", 8, "test", streaming=streaming)
+    if isinstance(held_out, HubStream):
+        assert [held_out.decode([row], 0).label for row in islice(held_out.read(0, 0), 2)] in ([2, 1], [1, 2])
+    else:
+        assert [held_out[i][1] for i in range(len(held_out))] == [2, 1]
+        assert len(hugging_face(tmp_path / "both", 8, "test", labels=False)) == 3
+    datasets.DatasetDict(train=hub_rows(6), test=unknown).save_to_disk(tmp_path / "one")
+    with pytest.raises(NoSuchSplit, match=r"has no test split, only train, test \(test without labels"):
+        hugging_face(tmp_path / "one", 8, "test", streaming=streaming)
+    if not streaming:
+        assert len(hugging_face(tmp_path / "one", 8, "test", test_fraction=0.5)) == 3
+    unknown.save_to_disk(tmp_path / "none")
+    with pytest.raises(MezzotintError, match=r"has no train split, only train \(train without labels, so set data.lab"):
+        hugging_face(tmp_path / "none", 8, streaming=streaming)
+
+
+def test_hugging_face_numbers_that_are_no_classes(tmp_path: Path) -> None:
+    for name, wrong in (("huge", 10**9), ("negative", -5)):
+        hub_rows(3).map(lambda row, i=wrong: {"number": i if row["number"] == 1 else 0}).save_to_disk(tmp_path / name)
+    with pytest.raises(MezzotintError, match="has the label 1000000000, but there are 3 images; expected classes numb"):
+        hugging_face(tmp_path / "huge", 8, label_column="number")
+    with pytest.raises(MezzotintError, match="has the label -5, expected 0 to 0, in example 1, one of 1"):
+        hugging_face(tmp_path / "negative", 8, label_column="number")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_hides_no_files(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` takes such files alone once it has seen one of them."""
+    for i, file in enumerate(("cat/0.png", "cat/train_1.png", "cat/test_2.png", "dog/3.png")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        picture(i).save(tmp_path / file)
+    with pytest.raises(
+        MezzotintError, match=r"of 2 files .* leave out the other 2: cat/0.png, dog/3.png; name all or no"
+    ):
+        hugging_face(tmp_path, 8, labels=False, streaming=streaming)
+    for file in ("cat/train_1.png", "cat/test_2.png"):
+        (tmp_path / file).unlink()
+    whole = hugging_face(tmp_path, 8, streaming=streaming)
+    assert whole.class_names == ("cat", "dog")
+    assert isinstance(whole, HubStream) or len(whole) == 2
 
 
 def test_hugging_face_explains_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

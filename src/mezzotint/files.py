@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -128,6 +129,22 @@ def write_text(path: str | Path, text: str) -> None:
     """`atomic_path`, for text."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark. Raises `MezzotintError` where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MezzotintError(f"{path} cannot be read ({error}); write it again as UTF-8") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises `ValueError`, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:

@@ -90,9 +90,9 @@ class CaptionedDataset(Captioned, ImageDataset, Protocol):
         """All captions of each of the images `indices`, as `__getitem__` has just given them; only with captions."""
 
 
-def as_captions(value: str | Sequence[str]) -> tuple[str, ...]:
-    """One caption or several."""
-    return (value,) if isinstance(value, str) else tuple(value)
+def as_captions(value: str | Sequence[str | None] | None) -> tuple[str, ...]:
+    """One caption, several or none: null is no caption, alone and in a list."""
+    return (value,) if isinstance(value, str) else tuple(text for text in value or () if text is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ class DecodedImages:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        return first_readable(_from(index, len(self)), self._decode, self._report)
+        return first_readable(_from(index, len(self)), self._decode, self.report)
 
     @property
     def has_captions(self) -> bool:
@@ -189,7 +189,8 @@ class DecodedImages:
         picture, label = self.pictures.read(index)
         return picture_to_tensor(picture, self.image_shape), label
 
-    def _report(self, index: int, error: Exception) -> None:
+    def report(self, index: int, error: Exception) -> None:
+        """Counts image `index` as unreadable, for the reason `error`. Raises `MezzotintError` for too many."""
         if not self._unreadable[index]:
             self._unreadable[index] = True
             names = [self.pictures.name(i) for i in self._unreadable.nonzero().flatten().tolist()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from mezzotint.data.base import DecodedImages, content_identity
-from mezzotint.data.splits import SPLIT_NAMES, held_out, pick_split
+from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
+
+logger = logging.getLogger("mezzotint")
 
 UNLABELLED = {"": -1}  # as sub-folder and its label: the folder itself, −1
 
@@ -58,14 +61,14 @@ def image_folder(
 ) -> DecodedImages:
     """Images in one sub-folder per class, sorted by name, at any depth; with ``labels=False`` in any arrangement.
 
-    When all sub-folders are called train, test, validation, valid or val, they are the splits; otherwise
+    When all sub-folders with images are called like splits (see `splits.split_of`), they are that; otherwise
     `test_fraction` of the images is held out (see `held_out`). Images become squares of `size` pixels by
     `adm_center_crop`. Raises `MezzotintError` for a folder that is missing, empty, without classes or without the
     split, and, when indexed, for more than `max_unreadable` unreadable images.
     """
     check_channels(channels)
     check_size(size)
-    folder, root, training = split_folder(path, split, test_fraction, IMAGES)
+    folder, root, training = split_folder(path, split, test_fraction, IMAGES, labels)
     class_names, samples = classified_files(root, training, IMAGES, labels)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
 
@@ -80,18 +83,49 @@ def image_folder(
     )
 
 
-def split_folder(path: str | Path, split: str, test_fraction: float, kind: FileKind) -> tuple[Path, Path, Path]:
+def split_folder(
+    path: str | Path, split: str, test_fraction: float, kind: FileKind, labels: bool = False
+) -> tuple[Path, Path, Path]:
     """The folder `path`, the folder within to take `split` from, perhaps itself, and that of the training files.
 
-    Raises `MezzotintError` for a folder that does not exist or lacks the split.
+    With `labels` a split without classes is none. Raises `MezzotintError` for a folder that does not exist, lacks the
+    split, or has sub-folders that may be splits or classes.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise MezzotintError(f"{kind.noun} folder {folder} does not exist; set data.path to a folder of {kind.noun}s")
-    inside, split_names = _subfolders(folder), {name for names in SPLIT_NAMES.values() for name in names}
-    has_splits = "train" in inside and split_names.issuperset(inside)
-    parts = {name: folder / name for name in inside} if has_splits else {"train": folder}
-    return folder, pick_split(parts, split, test_fraction, f"{kind.noun} folder {folder}"), parts["train"]
+    where = f"{kind.noun} folder {folder}"
+    parts = {name: folder / name for name in _split_names(folder, kind, where)} or {"train": folder}
+    labelled = (lambda part: bool(_subfolders(part))) if labels and len(parts) > 1 else None
+    chosen = pick_split(parts, split, test_fraction, where, labelled)
+    training = next((part for name, part in parts.items() if split_of(name, within=True) == "train"), chosen)
+    return folder, chosen, training
+
+
+def _split_names(folder: Path, kind: FileKind, where: str) -> list[str]:
+    """The sub-folders of `folder` that are its splits; none where they are classes, or anything else.
+
+    Raises `MezzotintError` where they may be either.
+    """
+    inside = _subfolders(folder)
+    named = [name for name in inside if split_of(name)]
+    company = [name for name in inside if name not in named and _holds_any(folder / name, kind)] if named else []
+    if named and not company:
+        return named
+    if {split_of(name) for name in named} == {"train", "test"}:
+        raise MezzotintError(
+            f"{where} has splits, {', '.join(named)}, and {kind.noun}s beside them, in {some(company)}; expected "
+            "splits alone, so move the others, or set data.path to another folder"
+        )
+    if {split_of(name, within=True) for name in inside} == {"train", "test"}:
+        return inside
+    if named:
+        logger.warning("%s: %s is taken for a class, not for a split, beside %s", where, some(named), some(company))
+    return []
+
+
+def _holds_any(folder: Path, kind: FileKind) -> bool:
+    return any(name.lower().endswith(kind.endings) for _, _, names in os.walk(folder) for name in names)
 
 
 def classified_files(
@@ -105,6 +139,13 @@ def classified_files(
         return (), files_below(root, UNLABELLED, kind)
     # The classes are those of the training files, so that a label means the same in every split.
     class_names = tuple(_subfolders(training))
+    for name in class_names:
+        inside = [split for split in _subfolders(training / name) if split_of(split)]
+        if {split_of(split) for split in inside} == {"train", "test"}:
+            raise MezzotintError(
+                f"{kind.noun} folder {training} has splits inside of {name}: {', '.join(inside)}; expected classes "
+                f"inside of splits, so move them, or set data.path to {training / name}"
+            )
     return class_names, _labelled(root, class_names, kind, own_classes=root == training)
 
 
@@ -128,6 +169,11 @@ def file_content(file: str, root: Path) -> bytes:
     """What tells a file from others without reading it: its path within `root` and its size."""
     size = os.path.getsize(file) if os.path.exists(file) else 0  # 0: a broken link
     return f"{os.path.relpath(file, root)}\0{size}".encode()
+
+
+def some(names: Collection[str]) -> str:
+    """The first three names, for a sentence."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _subfolders(folder: Path) -> list[str]:

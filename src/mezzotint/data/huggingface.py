@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.data.base import DecodedImages, Example, ShuffledStream, as_captions, content_identity
-from mezzotint.data.splits import held_out, pick_split
+from mezzotint.data.folder import some
+from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError, closest
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]  # its image still encoded: {"bytes": ..., "path": ...}, one of them perhaps None
 
 IDENTITY_ROWS = 16  # that the identity is a digest of
+CHUNK = 100_000  # rows of a column that are looked through at a time
+MAX_SPARSE_CLASSES = 1000  # numbered classes that may be more than there are images
+CAPTION_MISSING = "the caption is missing"
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Columns:
                     f"column {self.label!r} has the label {label}, expected 0 to {len(self.class_names) - 1}; "
                     "mend the data set or set data.labels=false"
                 )
-        for kind, column in (("image", self.image), ("caption", self.caption)):
-            if column is not None and (row[column] is None or row[column] == []):
-                raise ValueError(f"the {kind} is missing")
+        if row[self.image] is None:
+            raise ValueError("the image is missing")
+        if self.caption is not None and not as_captions(row[self.caption]):
+            raise ValueError(CAPTION_MISSING)
         return self.decoder.decode_example(row[self.image]), label
 
     def content(self, row: Row) -> bytes:
@@ -125,8 +131,8 @@ def hugging_face(
 
     Columns are recognised by type, `Image` and `ClassLabel`, when they are not given; `label_column` may also hold
     integers, unless streaming. `caption_column` holds a text or a list of texts per image; with it, a column of labels
-    may be missing. Images become squares of `size` pixels by `adm_center_crop`. A test split is the set's
-    own (test, else validation) or `test_fraction` of the training images. With `streaming` nothing is stored, and the
+    may be missing, and an image without a text counts as unreadable. Images become squares of `size` pixels by `adm_center_crop`. A test split is the set's
+    own (test, else validation; with `labels` one whose labels are known) or `test_fraction` of the training images. With `streaming` nothing is stored, and the
     order is that of the files, shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is
     not installed, or the set cannot be loaded, or its columns or splits are not clear.
     """
@@ -143,7 +149,12 @@ def hugging_face(
         raise MezzotintError("a stream cannot hold images out for testing; set data.test_fraction=0 or streaming=false")
     where = f"Hugging Face data set {path}"
     parts = _load_parts(path, config, streaming)
-    part = pick_split(parts, split, test_fraction, where)
+
+    def labelled(part: Any) -> bool:
+        names = [label_column] if label_column else _label_columns(part.features or {})
+        return not labels or len(names) != 1 or _has_labels(part, names[0])
+
+    part = pick_split(parts, split, test_fraction, where, labelled)
 
     image = _image_column(part.features or {}, image_column, where)
     label: str | None = None
@@ -152,7 +163,9 @@ def hugging_face(
     caption = None if caption_column is None else _caption_column(features, caption_column, where)
     if labels and (label_column or caption is None or _label_columns(features)):
         label = _label_column(features, label_column, where)
-        class_names = _class_names(parts.get("train", part), label, where)
+        training = next((part for name, part in parts.items() if split_of(name, within=True) == "train"), part)
+        class_names = _class_names(training, label, where)
+        _check_labels(part, label, len(class_names), where)
     columns = Columns(image, label, caption, class_names, datasets.Image())
     part = part.select_columns(columns.names).cast_column(image, datasets.Image(decode=False))
 
@@ -178,15 +191,26 @@ def hugging_face(
         )
 
     part = part.select(held_out(len(part), split, test_fraction))
-    some = np.linspace(0, len(part) - 1, num=min(IDENTITY_ROWS, len(part)), dtype=int)
-    return DecodedImages(
+    rows = np.linspace(0, len(part) - 1, num=min(IDENTITY_ROWS, len(part)), dtype=int)
+    images = DecodedImages(
         HubPictures(part, columns, str(path)),
         image_shape=shape,
         class_names=class_names,
-        identity=identity(part.select(some), len(part)),
+        identity=identity(part.select(rows), len(part)),
         max_unreadable=max_unreadable,
         texts=part[caption] if caption else None,
     )
+    if caption is not None:
+        bare = _without_caption(part, caption)
+        if len(bare) > max_unreadable:
+            raise MezzotintError(
+                f"{len(bare)} of {len(part)} images of {where} have no caption in the column {caption!r}, example "
+                f"{bare[0]} among them, and at most {max_unreadable} may be skipped; add captions, or raise "
+                "data.max_unreadable"
+            )
+        for index in bare:
+            images.report(index, ValueError(CAPTION_MISSING))
+    return images
 
 
 def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mapping[str, Any]:
@@ -196,11 +220,19 @@ def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mappin
     folder = Path(path).expanduser()
     saved_splits, saved = (folder / "dataset_dict.json").is_file(), (folder / "state.json").is_file()
     try:
-        if not saved and not saved_splits:
-            source = str(folder) if folder.is_dir() else str(path)
-            parts: Mapping[str, Any] = datasets.load_dataset(source, config, streaming=streaming)
-            return parts
-        loaded = datasets.load_from_disk(str(folder))
+        if saved or saved_splits:
+            loaded = datasets.load_from_disk(str(folder))
+        elif folder.is_dir():
+            builder = datasets.load_dataset_builder(str(folder), config)
+            _check_nothing_hidden(folder, builder.config.data_files)
+            if streaming:
+                return dict(builder.as_streaming_dataset())
+            builder.download_and_prepare()
+            return dict(builder.as_dataset())
+        else:
+            return dict(datasets.load_dataset(str(path), config, streaming=streaming))
+    except MezzotintError:
+        raise
     except Exception as error:  # `datasets` has a dozen unrelated types for a wrong name, no network, a broken file...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MezzotintError(
@@ -209,6 +241,30 @@ def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mappin
         ) from error
     parts = loaded if saved_splits else {"train": loaded}
     return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else parts
+
+
+def _check_nothing_hidden(folder: Path, data_files: Mapping[Any, Sequence[str]] | None) -> None:
+    """Raises `MezzotintError` where `datasets` leaves out files of `folder`: once one has a split in its name.
+
+    Not where a README.md says which files belong to which split.
+    """
+    taken = {os.path.relpath(file, folder.absolute()) for files in (data_files or {}).values() for file in files}
+    endings = {os.path.splitext(file)[1] for file in taken} - {".json", ".jsonl", ".csv", ".txt"}
+    readme = folder / "README.md"
+    if readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace"):
+        return
+    hidden = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files = [os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != "."]
+        hidden += [file for file in files if os.path.splitext(file)[1] in endings and file not in taken]
+    if hidden:
+        splits = ", ".join(map(str, data_files or {}))
+        raise MezzotintError(
+            f"the names of {len(taken)} files in {folder} tell of splits ({splits}), so the library 'datasets' would "
+            f"leave out the other {len(hidden)}: {some(hidden)}; name all or none of them so, or read images by "
+            f"data=folder:{folder}"
+        )
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, where: str) -> str:
@@ -270,13 +326,66 @@ def _class_names(dataset: Any, column: str, where: str) -> tuple[str, ...]:
     feature = dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    if isinstance(dataset, datasets.Dataset) and str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        highest = max((label for label in dataset[column] if label is not None), default=-1)
+    if isinstance(dataset, datasets.Dataset) and _is_integer(feature):
+        highest = int(_integers(dataset, column).max(initial=-1))
+        if highest >= max(len(dataset), MAX_SPARSE_CLASSES):
+            raise MezzotintError(
+                f"column {column!r} of {where} has the label {highest}, but there are {len(dataset)} images; expected "
+                "classes numbered from 0 without gaps"
+            )
         return tuple(str(label) for label in range(highest + 1))
     raise MezzotintError(
         f"column {column!r} of {where} is {feature}, not labels; expected ClassLabel, or integers unless streaming, "
         "so set data.label_column to another column or data.labels=false"
     )
+
+
+def _is_integer(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+
+
+def _has_labels(part: Any, column: str) -> bool:
+    """Whether one label at least is known, of a stream one of the first; true for what is no column of labels."""
+    import datasets
+
+    if not _is_integer((part.features or {}).get(column)):
+        return True
+    if isinstance(part, datasets.IterableDataset):
+        first = [row[column] for row in part.select_columns([column]).take(IDENTITY_ROWS)]
+        return not first or any(label is not None and label >= 0 for label in first)
+    return len(part) == 0 or bool((_integers(part, column) >= 0).any())
+
+
+def _check_labels(part: Any, column: str, num_classes: int, where: str) -> None:
+    """Raises `MezzotintError` for labels that are no class; in a stream they are found when they come."""
+    import datasets
+
+    if isinstance(part, datasets.Dataset):
+        labels = _integers(part, column)
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+            raise MezzotintError(
+                f"column {column!r} of {where} has the label {labels[wrong[0]]}, expected 0 to {num_classes - 1}, in "
+                f"example {wrong[0]}, one of {len(wrong)} that are no class; mend the data set or set data.labels=false"
+            )
+
+
+def _column(part: datasets.Dataset, column: str) -> Iterator[Any]:
+    """A column as arrays of pyarrow, of `CHUNK` rows each."""
+    table = part.select_columns([column]).with_format("arrow")
+    for start in range(0, len(table), CHUNK):
+        yield table[start : start + CHUNK][column].combine_chunks()
+
+
+def _integers(part: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of integers, int64 (N,), −1 for null."""
+    chunks = [chunk.cast("int64", safe=False).fill_null(-1).to_numpy() for chunk in _column(part, column)]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+
+
+def _without_caption(part: datasets.Dataset, column: str) -> list[int]:
+    """The rows whose caption is null, an empty list, or a list of nulls."""
+    chunks = (text for chunk in _column(part, column) for text in chunk.to_pylist())
+    return [number for number, text in enumerate(chunks) if not as_captions(text)]
 
 
 def _example_name(where: str, number: int, image: Mapping[str, Any] | None) -> str:

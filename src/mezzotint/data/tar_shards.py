@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import glob
 import io
-import json
+import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,23 @@ from PIL import Image
 
 from mezzotint.data.base import Example, ShuffledStream, content_identity
 from mezzotint.data.captions import caption_in
-from mezzotint.data.folder import IMAGES
-from mezzotint.data.splits import SPLIT_NAMES, check_split, held_out, pick_split
+from mezzotint.data.folder import IMAGES, some
+from mezzotint.data.splits import check_split, held_out, pick_split, split_of, split_word
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError
+from mezzotint.files import parse_json, read_text
+
+logger = logging.getLogger("mezzotint")
 
 CLASS_NAMES = "classnames.txt"
 """The file beside the shards, or one folder up, that names the classes, one a line."""
+
+MAX_IMAGE, MAX_TEXT = 2**30, 2**20
+"""Bytes of an image, and of a caption or a label, in a shard; what is longer is unreadable."""
+MAX_SHARDS = 1_000_000
+"""That a pattern may name."""
+FIRST_EXAMPLES = 16
+"""How many examples tell whether there are captions: a broken one says nothing about the others."""
 
 
 class TarExample(NamedTuple):
@@ -38,8 +49,11 @@ class TarExample(NamedTuple):
     key: str
     places: Mapping[str, tuple[int, int]]  # offset and size in bytes, by the part of the file name after its first dot
 
-    def read(self, extension: str) -> bytes:
+    def read(self, extension: str, most: int) -> bytes:
+        """Raises `ValueError` for more than `most` bytes."""
         offset, size = self.places[extension]
+        if size > most:
+            raise ValueError(f"its .{extension} has {size:,} bytes, more than {most:,}")
         with open(self.shard, "rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -53,8 +67,8 @@ class TarExample(NamedTuple):
     def captions(self, caption_column: str | None) -> tuple[str, ...]:
         """From its .txt, else from its .json; none where both are missing."""
         if "txt" in self.places and caption_column is None:
-            return (self.read("txt").decode("utf-8").strip(),)
-        entry: Any = json.loads(self.read("json")) if "json" in self.places else None
+            return (self.read("txt", MAX_TEXT).decode("utf-8-sig").strip(),)
+        entry: Any = parse_json(self.read("json", MAX_TEXT)) if "json" in self.places else None
         return caption_in(entry, caption_column) or () if isinstance(entry, dict) else ()
 
 
@@ -93,14 +107,14 @@ class TarStream(ShuffledStream):
         if self.captioned and not captions:
             raise ValueError("the caption is missing")
         label = self._label(row) if self.class_names else -1
-        with Image.open(io.BytesIO(row.read(row.image))) as picture:
+        with Image.open(io.BytesIO(row.read(row.image, MAX_IMAGE))) as picture:
             return Example(picture_to_tensor(picture, self.image_shape), label, captions)
 
     def row_name(self, row: TarExample, number: int) -> str:
         return f"{row.key} (example {number}) in {row.shard}"
 
     def _label(self, row: TarExample) -> int:
-        label = int(row.read("cls"))
+        label = int(row.read("cls", MAX_TEXT).decode("utf-8-sig"))
         if not 0 <= label < len(self.class_names):
             raise MezzotintError(
                 f"{row.key} in {row.shard} has the label {label}, expected 0 to {len(self.class_names) - 1}; mend "
@@ -136,13 +150,14 @@ def web_dataset(
     if shuffle_buffer < 1:
         raise MezzotintError(f"data.shuffle_buffer is {shuffle_buffer}; expected at least 1, which does not shuffle")
     shards = _shards(str(path), split, test_fraction)
-    first = next((row for shard in shards for row in shard_examples(shard)), None)
+    rows = (row for shard in shards for row in shard_examples(shard))
+    first = next(rows, None)
     if first is None:
         raise MezzotintError(f"the tar shards of {path} hold no examples; check data.path")
     class_names: tuple[str, ...] = ()
     if labels and "cls" in first.places:
         class_names = _class_names(first.shard)
-    captioned = _has_captions(first, caption_column)
+    captioned = _has_captions(chain([first], islice(rows, FIRST_EXAMPLES - 1)), caption_column)
 
     place = Path(path).expanduser().resolve()
     name = place.name if place.is_dir() else place.parent.name  # of a pattern, where it is
@@ -196,24 +211,33 @@ def shard_examples(shard: Path) -> Iterator[TarExample]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``a{00..02}b`` as a00b, a01b, a02b, and ``{x,y}`` as x, y, as shells do it, any number of times."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, listed = match.groups()
-    words = listed.split(",") if listed else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    return [pattern[: match.start()] + word + rest for word in words for rest in expand_braces(pattern[match.end() :])]
+    """``a{00..02}b`` as a00b, a01b, a02b, and ``{x,y}`` as x, y, as shells do it, any number of times.
+
+    Raises `MezzotintError` for more than `MAX_SHARDS` words.
+    """
+    parts: list[Iterable[str]] = []
+    count = 1
+    for position, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        words: Iterable[str] = [part]
+        if position % 2:  # in braces
+            words = part.split(",") if "," in part else [f"{{{part}}}"]
+            if numbers := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part):
+                first, last = numbers.groups()
+                count *= max(0, int(last) - int(first) + 1)
+                words = map(f"{{:0{len(first)}}}".format, range(int(first), int(last) + 1))
+            else:
+                count *= len(words)
+        if count > MAX_SHARDS:
+            raise MezzotintError(f"{pattern} names more than {MAX_SHARDS:,} tar shards; mend the numbers in braces")
+        parts.append(words)
+    return ["".join(words) for words in product(*parts)]
 
 
 def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
     folder = Path(path).expanduser()
     if folder.is_dir():
-        known = [name for names in SPLIT_NAMES.values() for name in names if (folder / name).is_dir()]
-        parts = {name: folder / name for name in known} or {"train": folder}
-        where = pick_split(parts, split, test_fraction, f"folder of tar shards {folder}")
-        shards = sorted(where.glob("*.tar"))
+        shards = pick_split(_parts(folder), split, test_fraction, f"folder of tar shards {folder}")
     else:
-        where = folder
         pick_split({"train": folder}, split, test_fraction, f"the tar shards {path}")
         words = expand_braces(str(folder))
         if missing := [word for word in words if not glob.has_magic(word) and not os.path.isfile(word)]:
@@ -226,34 +250,60 @@ def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
         ]
     if not shards:
         raise MezzotintError(
-            f"{where} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"
+            f"{folder} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"
         )
     if test_fraction and len(shards) == 1:
         raise MezzotintError(
-            f"{where} has one tar shard, and data.test_fraction holds whole shards out; set it to 0 or split the shard"
+            f"{folder} has one tar shard, and data.test_fraction holds whole shards out; set it to 0 or split the shard"
         )
     return [shards[i] for i in held_out(len(shards), split, test_fraction)]
+
+
+def _parts(folder: Path) -> dict[str, list[Path]]:
+    """The shards in a folder by split: in sub-folders, else told apart by their names, else all for training."""
+    shards = sorted(folder.glob("*.tar"))
+    inside = {path.name: sorted(path.glob("*.tar")) for path in folder.iterdir() if split_of(path.name)}
+    if any(inside.values()):
+        if shards:
+            names = some([shard.name for shard in shards])
+            logger.warning("%s has splits, and %d tar shards beside them are left out: %s", folder, len(shards), names)
+        return {name: found for name, found in inside.items() if found}
+    parts: dict[str, list[Path]] = {}
+    for shard in shards:
+        parts.setdefault(split_word(shard.stem) or "", []).append(shard)
+    if {split_of(word) for word in parts} == {"train", "test"}:
+        return parts
+    if tests := [shard.name for word, found in parts.items() if split_of(word) == "test" for shard in found]:
+        logger.warning("%s: all %d tar shards are taken for training, among them %s", folder, len(shards), some(tests))
+    return {"train": shards}
 
 
 def _class_names(shard: Path) -> tuple[str, ...]:
     for folder in (shard.parent, shard.parent.parent):
         if (file := folder / CLASS_NAMES).is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return tuple(line.strip() for line in lines if line.strip())
+            return tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
     raise MezzotintError(
         f"{shard} has labels, but there is no file {shard.parent / CLASS_NAMES} to name the classes; write one, a name "
         "a line, or set data.labels=false"
     )
 
 
-def _has_captions(first: TarExample, caption_column: str | None) -> bool:
-    try:
-        found = bool(first.captions(caption_column))
-    except ValueError as error:
-        raise MezzotintError(f"the caption of {first.key} in {first.shard} cannot be read ({error}); mend it") from None
-    if caption_column is not None and not found:
-        raise MezzotintError(
-            f"{first.key} in {first.shard} has no caption under the key {caption_column!r} of a .json file; set "
-            "data.caption_column to another key"
-        )
-    return found
+def _has_captions(examples: Iterable[TarExample], caption_column: str | None) -> bool:
+    """Whether there are captions: the first of `examples` that has one, or nowhere to have one, tells."""
+    mistake: str | None = None
+    for example in examples:
+        where = f"{example.key} in {example.shard}"
+        try:
+            if example.captions(caption_column):
+                return True
+            problem = (
+                f"{where} has no caption under the key {caption_column!r} of a .json file; set data.caption_column"
+            )
+            mistake = mistake or (f"{problem} to another key" if caption_column is not None else None)
+        except ValueError as error:
+            mistake = mistake or f"the caption of {where} cannot be read ({error}); mend it"
+        if not {"txt", "json"} & {*example.places}:
+            break
+    if mistake:
+        raise MezzotintError(mistake)
+    return False
