@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+import struct
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
+@pytest.fixture
+def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' network is a published one, whose heads are known."""
+    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2})
+
+
 # ------------------------------------------------------------------------------------------------- official networks
 
 
@@ -175,9 +183,8 @@ def test_a_safetensors_file_without_our_header_has_the_official_sign(tmp_path: P
 
 
 def test_a_training_checkpoint_gives_its_average_and_says_what_it_was_trained_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_size: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2})
     arguments = argparse.Namespace(model="SiT-T/2", path_type="GVP", prediction="score", lr=1e-4, ckpt=None)
     average = dict(made(recipe()).denoiser.backbone.state_dict())
     weights = average | {"final_layer.linear.bias": torch.ones(32)}
@@ -203,8 +210,7 @@ def test_published_sizes_are_recognised(name: str) -> None:
     assert network.fit(load_recipe("dit-xl-2-256"), "file").backbone == published.backbone
 
 
-def test_the_file_s_name_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DIT_CONFIGS, "dit-t-2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2})
+def test_the_file_s_name_says_what_it_is(tiny_size: None, tmp_path: Path) -> None:
     official(tmp_path / "DiT-T-2-32x32.pt")
     words = load(tmp_path / "DiT-T-2-32x32.pt").recipe
     assert (words.name, words.target, words.variance) == ("DiT-T-2-32x32", "noise", "learned")
@@ -243,10 +249,99 @@ def test_conditioning_designs_are_inferred(conditioning: str, classes: int, tmp_
     assert read_checkpoint(official(tmp_path / "dit.pt", words), given).recipe.backbone == words.backbone
 
 
-def test_names_of_parallel_and_compiled_networks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_fsdp_wrapped_module._orig_mod.{name}",
+        lambda name: name.replace("blocks.0.", "blocks.0._orig_mod._checkpoint_wrapped_module."),
+        lambda name: f"model.{name}".replace("blocks.1.attn.", "blocks.1.attn.module."),
+        lambda name: f"net.module.{name}",
+    ],
+)
+def test_names_of_parallel_and_compiled_networks(wrapped: Callable[[str], str], tmp_path: Path) -> None:
     tensors = made(recipe()).denoiser.backbone.state_dict()
-    torch.save({f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "dit.pt")
+    torch.save({wrapped(name): tensor for name, tensor in tensors.items()}, tmp_path / "dit.pt")
     assert_same(read_checkpoint(tmp_path / "dit.pt", recipe()).tensors, tensors)
+
+
+def test_a_tensor_under_two_wrapped_names_is_refused(tmp_path: Path) -> None:
+    tensors = dict(made(recipe()).denoiser.backbone.state_dict())
+    torch.save(tensors | {"module.pos_embed": tensors["pos_embed"]}, tmp_path / "dit.pt")
+    with pytest.raises(MezzotintError, match=r"has pos_embed twice, once as module\.pos_embed"):
+        read_checkpoint(tmp_path / "dit.pt", recipe())
+
+
+# ------------------------------------------------------------------------------------------------------ other codes
+
+
+def repa(path: Path, *, legacy: bool = False, projector: str = "0.weight", **around: Any) -> Path:
+    """A file of REPA's code: a SiT without doubled output, and projectors. Its weights are those of `OFFICIAL_SIT`."""
+    tensors = dict(made(recipe("sit")).denoiser.backbone.state_dict())
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        tensors[name] = tensors[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)  # of each pixel of a patch half
+    tensors[f"projectors.0.{projector}"] = torch.ones(2048, 16)
+    if legacy:
+        tensors = {name.replace("blocks.1.", "decoder_blocks.0."): tensor for name, tensor in tensors.items()}
+    torch.save({"ema": tensors, **around} if around else tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@torch.no_grad()
+def test_a_repa_file_runs_in_our_time_and_keeps_its_sign(legacy: bool, tiny_size: None, tmp_path: Path) -> None:
+    """Its network is SiT's, but t = 0 is data: what it puts out at 0.3 is our velocity there."""
+    arguments = argparse.Namespace(model="SiT-T/2", path_type="cosine", prediction="v", enc_type="dinov2-vit-b")
+    pipeline = load(repa(tmp_path / "0400000.pt", legacy=legacy, args=arguments))
+    words = pipeline.recipe
+    assert (words.interpolant.name, words.target, words.time_input) == ("gvp", "velocity", (1, 0))
+    expected = numbers(OFFICIAL_SIT).view(1, 4, 4, 4)
+    got = pipeline.denoiser(latents(), 0.3, torch.tensor([2])).velocity
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    published = load(repa(tmp_path / "last.pt", projector="projection_layer.weight")).recipe  # iREPA's name
+    assert (published.interpolant.name, published.time_input) == ("linear", (1, 0))
+    with pytest.raises(MezzotintError, match=r"SiT of REPA's code .* 'sit-xl-2-256' has SiT's reversed time"):
+        load(tmp_path / "last.pt", recipe=recipe("sit", "variance=none"))
+
+
+@torch.no_grad()
+def test_a_recipe_of_our_time_keeps_the_sign(tmp_path: Path) -> None:
+    """Such as a REPA network whose projectors were dropped: the direction of time says what a velocity is."""
+    words = recipe("sit", "time_input=[1, 0]")
+    pipeline = load(official(tmp_path / "stripped.pt", words), recipe=words)
+    expected = numbers(OFFICIAL_SIT).view(1, 4, 4, 4)
+    got = pipeline.denoiser(latents(), 0.3, torch.tensor([2])).velocity
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "path_type", "prediction", "sentence"),
+    [
+        ("SiT-T/2", "linear", "v", "prediction 'v', which the official SiT code does not know"),
+        ("SiT-T/2", "cosine", "velocity", "path_type 'cosine', which the official SiT code does not know"),
+        ("SiT-T/2", ["GVP"], "velocity", r"path_type \['GVP'\], which"),
+        ("DiT-T/2", "Linear", "velocity", "path_type 'Linear', which the official DiT code does not know"),
+    ],
+)
+def test_words_of_other_codes_are_asked_for(
+    model: str, path_type: Any, prediction: str, sentence: str, tiny_size: None, tmp_path: Path
+) -> None:
+    arguments = argparse.Namespace(model=model, path_type=path_type, prediction=prediction)
+    file = official(tmp_path / "0400000.pt", args=arguments)
+    with pytest.raises(MezzotintError, match=f"{sentence}.*give a recipe: sit-xl-2-256"):
+        load(file)
+    assert load(file, recipe=recipe("sit")).recipe.target == "velocity"
+    with pytest.raises(MezzotintError, match="'velocity', which the official REPA code does not know"):
+        load(repa(tmp_path / "repa.pt", args={"prediction": "velocity"}))
+
+
+def test_a_step_in_a_foreign_header_is_no_mark_of_ours(tmp_path: Path) -> None:
+    tensors = dict(made(recipe("sit")).denoiser.backbone.state_dict())
+    for header in ({"format": "pt", "step": "400000"}, {"step": "400000", "class_names": "[]"}):
+        save_file(tensors, tmp_path / "SiT.safetensors", header)
+        read = read_checkpoint(tmp_path / "SiT.safetensors", recipe("sit")).tensors
+        assert torch.equal(read["final_layer.linear.bias"], -tensors["final_layer.linear.bias"])
 
 
 def test_loading_owns_its_memory_and_leaves_randomness_alone(tmp_path: Path) -> None:
@@ -752,6 +847,44 @@ def test_a_file_with_code_is_not_run(legacy: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+class Foreign:
+    """Of a training script that is not here, with a state."""
+
+    def __init__(self, word: object) -> None:
+        self.word = word
+
+
+def test_objects_besides_tensors_are_empty(tiny_size: None, tmp_path: Path) -> None:
+    tensors = made(recipe()).denoiser.backbone.state_dict()
+    around = {"config": Foreign(3), "path": Path("x"), "args": argparse.Namespace(model="DiT-T/2", other=Foreign("y"))}
+    torch.save({"ema": tensors, **around}, tmp_path / "0400000.pt")
+    assert_same(load(tmp_path / "0400000.pt").denoiser.backbone.state_dict(), dict(tensors))
+    torch.save({"ema": tensors, "args": Foreign("SiT-T/2")}, tmp_path / "SiT.pt")
+    with pytest.raises(
+        MezzotintError, match=r"its training arguments as a \S*Foreign, which is not read; give a recipe"
+    ):
+        load(tmp_path / "SiT.pt")
+    assert load(tmp_path / "SiT.pt", recipe=recipe("sit")).recipe.target == "velocity"
+    torch.save(Foreign(tensors), tmp_path / "whole.pt")
+    with pytest.raises(MezzotintError, match=r"holds a \S*Foreign, expected a state dict"):
+        load(tmp_path / "whole.pt", recipe=recipe())
+    torch.save({"ema": tensors, "args": Words(model="DiT-T/2")}, tmp_path / "words.pt")
+    with pytest.raises(MezzotintError, match=r"holds code besides tensors \(\S*Words\), which was not run"):
+        load(tmp_path / "words.pt")
+
+
+class Words(dict[str, Any]):
+    """A mapping of a training script's own."""
+
+
+def test_a_file_that_was_compressed_is_read(tmp_path: Path) -> None:
+    file = official(tmp_path / "DiT.pt")
+    with zipfile.ZipFile(file) as stored, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in stored.infolist():
+            small.writestr(entry.filename, stored.read(entry))
+    assert_same(read_checkpoint(tmp_path / "small.pt", recipe()).tensors, read_checkpoint(file, recipe()).tensors)
+
+
 def test_a_file_from_before_torch_1_6(tmp_path: Path) -> None:
     tensors = made(recipe()).denoiser.backbone.state_dict()
     torch.save(tensors, tmp_path / "DiT.pt", _use_new_zipfile_serialization=False)
@@ -807,12 +940,80 @@ def test_trained_positions_are_refused(tmp_path: Path) -> None:
             load(tmp_path / "dit.pt", recipe=recipe())
 
 
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    tensors = dict(made(recipe()).denoiser.backbone.state_dict())
-    tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_quantised_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    run = run_of(made(recipe()), tmp_path / "run")
+    tensors = tensors_of(run)
+    tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(dtype)
     torch.save(tensors, tmp_path / "dit.pt")
-    with pytest.raises(MezzotintError, match=r"has dtype torch.int8, expected floating point"):
-        load(tmp_path / "dit.pt", recipe=recipe())
+    save_file(tensors, run / "model.safetensors", {"format": "mezzotint"})
+    for source, words in ((tmp_path / "dit.pt", recipe()), (run, None)):
+        with pytest.raises(MezzotintError, match=rf"has dtype {dtype}, expected floating point of 16 bits or more"):
+            load(source, recipe=words)
+
+
+@pytest.mark.parametrize("key", ["class_names", "prompts"])
+@pytest.mark.parametrize("value", ["cat, dog", '"cat"', '{"cat": 0}', "[1, 2]", "null", "[" * 200_000])
+def test_a_header_that_lists_no_names(key: str, value: str, tmp_path: Path) -> None:
+    run = run_of(made(recipe()), tmp_path / "run", **{key: value})
+    for source in (run, run / "model.safetensors"):
+        with pytest.raises(MezzotintError, match=f"the header of .* is damaged: its {key} are no JSON list of texts"):
+            load(source)
+
+
+@pytest.mark.parametrize("value", ["just words", "[1, 2]", "a: [", "[" * 2_000])
+def test_a_header_that_holds_no_recipe(value: str, tmp_path: Path) -> None:
+    save_weights(made(recipe()).denoiser.backbone, tmp_path / "a.safetensors", {"recipe": value})
+    with pytest.raises(MezzotintError, match=r"the header of .*a\.safetensors is damaged"):
+        load(tmp_path / "a.safetensors")
+
+
+def raw(path: Path, header: str, length: int | None = None) -> Path:
+    """A safetensors file of this header, said to have another length, and 16 bytes of tensors."""
+    content = header.encode()
+    path.write_bytes(struct.pack("<Q", len(content) if length is None else length) + content + bytes(16))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        ("{}", 2**63),
+        ("{}", 10**9),
+        ("[" * 100_000, None),
+        ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', None),  # noqa: E501
+        ('{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 16]}}', None),
+        ('{"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}', None),
+        ('{"a": {"dtype": "Q4", "shape": [4], "data_offsets": [0, 16]}}', None),
+        ('{"__metadata__": {"step": 4}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', None),
+    ],
+)  # fmt: skip
+def test_a_damaged_safetensors_header(header: str, length: int | None, tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match=r"a\.safetensors is not a whole safetensors file .* copy it again"):
+        load(raw(tmp_path / "a.safetensors", header, length), recipe=recipe())
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "F6_E2M3", "BOOL"])
+def test_a_dtype_that_no_network_has(dtype: str, tmp_path: Path) -> None:
+    entry = {"dtype": dtype, "shape": [32 if dtype == "F4" else 16], "data_offsets": [0, 16]}
+    with pytest.raises(MezzotintError, match=r"a\.safetensors"):
+        load(raw(tmp_path / "a.safetensors", json.dumps({"pos_embed": entry})), recipe=recipe())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "DiT.pt", "DiT.pth"])
+def test_a_folder_or_nothing_where_a_file_is_expected(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(MezzotintError, match="is not a run folder: it has no recipe"):
+        load(tmp_path / name, recipe=recipe())
+    (tmp_path / name).rmdir()
+    (tmp_path / name).touch()
+    with pytest.raises(MezzotintError, match="is not a whole"):
+        load(tmp_path / name, recipe=recipe())
+    run = run_of(made(recipe()), tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    (run / "model.safetensors").mkdir()
+    with pytest.raises(MezzotintError, match="has no weights 'model'"):
+        load(run)
 
 
 def test_heads_are_in_no_tensor(tmp_path: Path) -> None:
@@ -875,6 +1076,15 @@ def test_other_folders(tmp_path: Path) -> None:
     (folder("d") / "transformer" / "config.json").unlink()
     (folder("e") / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     (folder("f") / "transformer" / "config.json").write_text("{")
+    (folder("m") / "model_index.json").write_text("[" * 200_000)
+    edited(folder("n") / "transformer" / "config.json", num_layers=10**12)
+    edited(folder("o") / "transformer" / "config.json", sample_size=10**9)
+    edited(folder("p") / "transformer" / "config.json", num_attention_heads=True)
+    edited(folder("q") / "scheduler" / "scheduler_config.json", beta_schedule=["linear"])
+    edited(folder("r") / "scheduler" / "scheduler_config.json", beta_end=math.inf)
+    for foreign in ("q", "r"):
+        file = tmp_path / foreign / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file), file)
     sentences = {
         "a": "is a diffusers StableDiffusionPipeline, expected a DiTPipeline",
         "b": "is a diffusers UNet2DModel, expected a DiTTransformer2DModel",
@@ -884,6 +1094,12 @@ def test_other_folders(tmp_path: Path) -> None:
         "d": r"has no config\.json; download the whole folder",
         "e": r"has no diffusion_pytorch_model\.safetensors, nor shards or a \.bin; it has: config\.json",
         "f": r"config\.json is missing or no JSON; download the whole folder again",
+        "m": r"model_index\.json is missing or no JSON",
+        "n": r"says num_layers 1000000000000, the weights have 2 blocks",
+        "o": r"means 500000000 patches a side, at most 512 are supported",
+        "p": "says num_attention_heads True, expected a number",
+        "q": r"beta_schedule \['linear'\] .* give a recipe that says what they are",
+        "r": "says beta_end inf, expected a number",
         "g": r"is not a run folder: it has no recipe\.yaml; nor one of diffusers",
         "h": "h is not a run folder, nor another checkpoint: there is no such file or folder here",
         "i.txt": r"i\.txt is no checkpoint; expected \.safetensors, \.pt",

@@ -21,7 +21,7 @@ from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
 from mezzotint.interop import convert, is_checkpoint, load, read_checkpoint
 from mezzotint.interop.checkpoint import empty_backbone
-from mezzotint.interop.mdm import from_mdm, from_official, is_file, is_mdm, read_mdm
+from mezzotint.interop.mdm import from_mdm, from_official, is_mdm, read_mdm
 from mezzotint.pipeline import build_denoiser
 from mezzotint.recipe import Recipe, load_recipe
 
@@ -250,11 +250,15 @@ def test_published_sizes_are_recognised(name: str, count: int) -> None:
 
 
 def test_names_of_parallel_and_compiled_networks() -> None:
-    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in tensors(1).items()}
-    assert is_mdm(wrapped)
-    plain, read = from_mdm(tensors(1), "file"), from_mdm(wrapped, "file")
-    assert plain.levels == read.levels
-    assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in plain.tensors.items())
+    plain = from_mdm(tensors(3), "file")
+    for wrapped in (
+        {f"module._orig_mod.{name}": tensor for name, tensor in tensors(3).items()},
+        {f"model.{name.replace('inner_unet.', 'inner_unet.module.')}": tensor for name, tensor in tensors(3).items()},
+    ):
+        assert is_mdm(wrapped)
+        read = from_mdm(wrapped, "file")
+        assert plain.levels == read.levels
+        assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in plain.tensors.items())
 
 
 class Configuration:
@@ -404,8 +408,8 @@ def test_a_file_of_another_network_than_the_recipe_s_is_refused(tmp_path: Path) 
     with pytest.raises(MezzotintError, match=r"vis_model\.pth reads captions, which recipe 'mdm-64' has none of"):
         read_checkpoint(file, load_recipe("mdm-64", ["condition=class", "backbone.text_features=null"]))
     torch.save({"state_dict": 3, "temb": torch.zeros(1)}, tmp_path / "other.pth")
-    assert not is_file(tmp_path / "other.pth")
-    assert not is_file(tmp_path / "missing.pth")
+    with pytest.raises(MezzotintError, match="its entry 'state_dict' is no tensor"):
+        read_checkpoint(tmp_path / "other.pth", load_recipe("dit-xl-2-256"))
 
 
 @pytest.mark.parametrize("name", MDM_CONFIGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ from mezzotint.samplers import Sampler, example_generators, randn
 
 BACKBONES: dict[str, type[nn.Module]] = {"dit": DiT, "diffussm": DiffuSSM, "unet": UNet}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: what weights in a file may be; 8 bits and fewer mean nothing without a scale, which no file here has
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: signal-to-noise ratio up to which the end of a path counts as pure noise
 MAX_SNR_OF_NOISE = 0.01
 
@@ -176,8 +178,7 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
     pipeline = build(recipe)
     tensors, metadata = read_tensors(file)
     load_tensors(pipeline.denoiser.backbone, tensors, str(file))
-    pipeline.class_names = tuple(json.loads(metadata.get("class_names", "[]")))
-    pipeline.prompts = tuple(json.loads(metadata.get("prompts", "[]")))
+    pipeline.class_names, pipeline.prompts = (header_list(metadata, key, file) for key in ("class_names", "prompts"))
     pipeline.denoiser.to(device)
     return pipeline
 
@@ -188,8 +189,28 @@ def save_weights(backbone: nn.Module, path: Path, metadata: dict[str, str]) -> N
         save_tensors(backbone.state_dict(), temporary, {"format": "mezzotint", **metadata})
 
 
+def header_list(metadata: Mapping[str, str], key: str, source: str | Path) -> tuple[str, ...]:
+    """The texts that a safetensors header lists under `key`; none where it has none.
+
+    Raises `MezzotintError` for what is no JSON list of texts.
+    """
+    try:
+        values = json.loads(metadata.get(key, "[]"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise MezzotintError(
+            f"the header of {source} is damaged: its {key} are no JSON list of texts; take another checkpoint or copy "
+            "it again"
+        )
+    return tuple(values)
+
+
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load `tensors` into `module`, all of them and nothing else; otherwise raise `MezzotintError` with the list."""
+    """Load `tensors` into `module`, all of them and nothing else; otherwise raise `MezzotintError` with the list.
+
+    Where `module` has floating point, theirs may have another width, of 16 bits at least: anything else is quantised.
+    """
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -201,6 +222,14 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise MezzotintError(f"the tensors in {source} do not fit the network: {shown}")
+    for name, tensor in tensors.items():
+        floating = wanted[name].is_floating_point()
+        if tensor.dtype not in (FLOATS if floating else (wanted[name].dtype,)):
+            raise MezzotintError(
+                f"{name} in {source} has dtype {tensor.dtype}, expected "
+                f"{'floating point of 16 bits or more' if floating else wanted[name].dtype}; quantised weights are not "
+                "supported"
+            )
     module.load_state_dict(tensors)
 
 

@@ -1,7 +1,8 @@
-"""Reading models of transformers from a folder or the Hugging Face hub, quietly and with one clear sentence."""
+"""Models of transformers and diffusers in folders or on the hub, read quietly and with one clear sentence."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,29 @@ from typing import Any, TypeVar
 from mezzotint.errors import MezzotintError
 
 T = TypeVar("T")
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `MezzotintError` where it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        raise MezzotintError(f"{path} is missing or no JSON; download the whole folder again") from None
+    if not isinstance(values, dict):
+        raise MezzotintError(f"{path} is not a JSON object; download the whole folder again")
+    return values
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The weights of a model of diffusers in one file: safetensors, else .bin, else the only variant, such as fp16."""
+    for middle in ("", ".*"):
+        for suffix in ("safetensors", "bin"):
+            found = [file for file in folder.glob(f"{WEIGHTS}{middle}.{suffix}") if file.is_file()]
+            if len(found) == 1:
+                return found[0]
+    return None
 
 
 def transformers_for(what: str) -> Any:

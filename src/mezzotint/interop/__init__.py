@@ -24,6 +24,7 @@ from mezzotint.interop.checkpoint import (
     parse_header,
 )
 from mezzotint.pipeline import Pipeline, build_denoiser
+from mezzotint.pretrained import WEIGHTS
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.representations.tokenizer import OWN_FOLDER, TOKENIZERS
 
@@ -60,9 +61,13 @@ def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights
     if path.suffix == ".safetensors":
         return _read_safetensors(path, recipe)
     if path.suffix in official.SUFFIXES:
-        if path.name.startswith(diffusers.WEIGHTS):
-            return diffusers.read_folder(path.parent, recipe)
-        return mdm.read_official(path, recipe) if mdm.is_file(path) else official.read_official(path, recipe)
+        if path.name.startswith(WEIGHTS):
+            return diffusers.read_folder(path.parent, recipe, path)
+        content = official.unpickle(path)
+        tensors = official.weights_in(content)
+        if mdm.is_mdm(tensors):
+            return mdm.from_official(tensors, path, recipe)
+        return official.from_official(tensors, path, recipe, content.get("args"))
     raise MezzotintError(f"{path} is no checkpoint; expected .safetensors, {', '.join(official.SUFFIXES)} or a folder")
 
 
@@ -173,10 +178,10 @@ def _read_safetensors(path: Path, recipe: Recipe | None) -> Checkpoint:
     """A lone safetensors file: a diffusers folder's or an MDM by its names, ours by its header, else a DiT or SiT."""
     tensors, metadata = read_tensors(path)
     if any(name.startswith("transformer_blocks.") for name in tensors):
-        return diffusers.read_folder(path.parent, recipe)
+        return diffusers.read_folder(path.parent, recipe, path)
     if mdm.is_mdm(tensors):
         return mdm.from_official(tensors, path, recipe)
-    if metadata.get("format") != "mezzotint" and not metadata.keys() & {"class_names", "step"}:
+    if metadata.get("format") != "mezzotint":
         return official.from_official(tensors, path, recipe)
     beside = load_recipe(path.parent) if (path.parent / "recipe.yaml").is_file() else None
     return _read_ours(path, tensors, metadata, recipe, beside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,14 @@ from torch import Tensor, nn
 from mezzotint.backbones import DIT_CONFIGS
 from mezzotint.backbones.layers import TIME_FREQUENCIES, position_table
 from mezzotint.errors import MezzotintError
-from mezzotint.pipeline import build_backbone, load_tensors
+from mezzotint.pipeline import build_backbone, header_list, load_tensors
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
 
 # How far a position table may lie from the sine-cosine one; in half precision, its own rounding.
 POSITION_TOLERANCE = 1e-4
+
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # Of a backbone's settings, what is no size: words, and what acts in training alone.
 NO_SIZES = ("freq_shift", "masked_text", "normalise_input", "dropout")
@@ -65,7 +67,7 @@ class Network:
         """The network of tensors under the official names. Raises `MezzotintError` where they are no DiT's."""
 
         def shape(name: str, dimensions: int) -> tuple[int, ...]:
-            if name not in tensors or tensors[name].ndim != dimensions:
+            if name not in tensors or tensors[name].ndim != dimensions or not tensors[name].numel():
                 held = f"{tuple(tensors[name].shape)} for {name!r}" if name in tensors else f"no tensor {name!r}"
                 names = ", ".join(list(tensors)[:4]) or "nothing"
                 raise MezzotintError(
@@ -274,12 +276,29 @@ def check(checkpoint: Checkpoint) -> Checkpoint:
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in checkpoint.tensors.items()}
     load_tensors(empty_backbone(checkpoint.recipe), shapes, checkpoint.source)
-    if other := next((name for name, tensor in shapes.items() if not tensor.is_floating_point()), None):
-        raise MezzotintError(
-            f"{other} in {checkpoint.source} has dtype {shapes[other].dtype}, expected floating point; quantised "
-            "weights are not supported"
-        )
     return checkpoint
+
+
+def state_dict(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict, under names without the words of what the network was wrapped in.
+
+    Those are DistributedDataParallel's, FSDP's, torch.compile's and activation checkpointing's, anywhere in a name, and
+    a first word that all names have, such as Lightning's. Raises `MezzotintError` for what is no state dict.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise MezzotintError(f"{source} is not a state dict: its entry {key!r} is no tensor; expected tensors")
+        name = re.sub(rf"(?<![^.])({'|'.join(WRAPPERS)})\.", "", str(key))
+        if name in tensors:
+            raise MezzotintError(f"{source} has {name} twice, once as {key}; save the network's own state dict")
+        tensors[name] = value.detach()
+    while len(tensors) > 1 and len(words := {name.partition(".")[0] for name in tensors}) == 1:
+        first = len(words.pop()) + 1
+        if not all(len(name) > first for name in tensors):
+            break
+        tensors = {name[first:]: tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def check_positions(table: Tensor, source: str) -> None:
@@ -295,11 +314,13 @@ def check_positions(table: Tensor, source: str) -> None:
 
 def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | None, tuple[str, ...], tuple[str, ...]]:
     """The recipe, the classes' names and the captions in a safetensors header, where it has them."""
+    names, prompts = (header_list(metadata, key, source) for key in ("class_names", "prompts"))
     try:
-        names, prompts = (tuple(map(str, json.loads(metadata.get(key, "[]")))) for key in ("class_names", "prompts"))
         values = yaml.safe_load(metadata["recipe"]) if "recipe" in metadata else None
-    except (ValueError, TypeError, yaml.YAMLError):
-        raise MezzotintError(f"the header of {source} is damaged; take another checkpoint or copy it again") from None
+    except (ValueError, RecursionError, yaml.YAMLError):
+        values = ()
+    if values is not None and not isinstance(values, dict):
+        raise MezzotintError(f"the header of {source} is damaged; take another checkpoint or copy it again")
     return None if values is None else Recipe.parse(values), names, prompts
 
 

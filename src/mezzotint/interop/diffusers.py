@@ -35,14 +35,16 @@ from mezzotint.interop.checkpoint import (
     check_positions,
     family_recipe,
     parse_header,
+    state_dict,
 )
 from mezzotint.interop.official import unpickle
 from mezzotint.interpolants import interpolant
+from mezzotint.pretrained import WEIGHTS, read_json, weights_file
 from mezzotint.recipe import Recipe
 
 NULL_CLASS = 1000
-WEIGHTS = "diffusion_pytorch_model"
 POSITIONS = "pos_embed.pos_embed"
+MAX_SIDE = 512  # patches; a position table that is not in the file is computed, and no file may ask for any size
 
 # diffusers' modules and ours: the network's, and each block's.
 GLOBAL_MODULES = {
@@ -88,8 +90,8 @@ def is_folder(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
 
 
-def read_folder(folder: Path, recipe: Recipe | None) -> Checkpoint:
-    """The checkpoint of a DiTPipeline or DiTTransformer2DModel folder.
+def read_folder(folder: Path, recipe: Recipe | None, weights: Path | None = None) -> Checkpoint:
+    """The checkpoint of a DiTPipeline or DiTTransformer2DModel folder, or of the file `weights` in one of the latter.
 
     One that we wrote holds its recipe; another one is taken for an official DiT (freq_shift 0) with its scheduler's
     schedule and prediction, unless `recipe` says otherwise. Raises `MezzotintError` where a part is missing or unknown.
@@ -106,10 +108,11 @@ def read_folder(folder: Path, recipe: Recipe | None) -> Checkpoint:
     for key, expected in EXPECTED_CONFIG.items():
         if config.get(key, expected) != expected:
             raise MezzotintError(f"{home / 'config.json'} says {key} {config[key]!r}; only {expected!r} is supported")
-    content, metadata = _read_weights(home)
+    whole = weights is None or re.search(r"-\d+-of-\d+\.", weights.name)  # a shard stands for all of them
+    content, metadata = _read_weights(home) if weights is None or whole else _read_file(weights)
     stored, class_names, _ = parse_header(metadata, str(home))
     heads = _number(config, "num_attention_heads", 16, home)
-    tensors = _from_diffusers(content, home, config, stored)
+    tensors = _from_diffusers(state_dict(content, str(home)), home, config, stored)
     network = Network.of(tensors, str(folder))
     if network.size != (size := _number(config, "sample_size", 32, home)):
         raise MezzotintError(f"{home / 'config.json'} says sample_size {size}, its patches make {network.size}")
@@ -121,31 +124,18 @@ def read_folder(folder: Path, recipe: Recipe | None) -> Checkpoint:
     return checkpoint
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `MezzotintError` where it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise MezzotintError(f"{path} is missing or no JSON; download the whole folder again") from None
-    if not isinstance(values, dict):
-        raise MezzotintError(f"{path} is not a JSON object; download the whole folder again")
-    return values
-
-
 def _number(config: Mapping[str, Any], key: str, default: Number, home: Path) -> Number:
-    """config[key], of default's type and above 0."""
+    """config[key], of default's type, finite and above 0."""
     value = config.get(key, default)
-    if not isinstance(value, type(default)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, type(default)) or not 0 < value < math.inf:
         raise MezzotintError(f"the config in {home} says {key} {value!r}, expected a number; download it again")
     return value
 
 
-def _read_weights(home: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata: one safetensors file, its shards, or a .bin."""
-    single, shards = home / f"{WEIGHTS}.safetensors", home / f"{WEIGHTS}.safetensors.index.json"
-    if single.is_file():
-        return read_tensors(single)
-    if shards.is_file():
+def _read_weights(home: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Tensors and metadata: one safetensors file, its shards, a .bin, or the only variant that there is."""
+    single, shards = weights_file(home), home / f"{WEIGHTS}.safetensors.index.json"
+    if shards.is_file() and (single is None or single.name != f"{WEIGHTS}.safetensors"):
         tensors: dict[str, Any] = {}
         metadata: dict[str, str] = {}
         parts = read_json(shards).get("weight_map")
@@ -155,27 +145,32 @@ def _read_weights(home: Path) -> tuple[dict[str, Any], dict[str, str]]:
             part, metadata = read_tensors(home / Path(name).name)
             tensors |= part
         return tensors, metadata
-    if (home / f"{WEIGHTS}.bin").is_file():
-        return unpickle(home / f"{WEIGHTS}.bin"), {}
+    if single is not None:
+        return _read_file(single)
     there = ", ".join(sorted(path.name for path in home.iterdir()))
     raise MezzotintError(f"{home} has no {WEIGHTS}.safetensors, nor shards or a .bin; it has: {there}")
 
 
+def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    return read_tensors(path) if path.suffix == ".safetensors" else (unpickle(path), {})
+
+
 def _from_diffusers(
-    content: Mapping[str, Any], home: Path, config: Mapping[str, Any], stored: Recipe | None
+    content: Mapping[str, Tensor], home: Path, config: Mapping[str, Any], stored: Recipe | None
 ) -> dict[str, Tensor]:
     """Tensors under our names, of as many classes as `stored` says."""
-    blocks = [int(m[1]) for name in content if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    depth = max([_number(config, "num_layers", 28, home), *(block + 1 for block in blocks)])
+    depth = len({name.split(".")[1] for name in content if name.startswith("transformer_blocks.")})
+    if depth != (layers := _number(config, "num_layers", 28, home)):
+        raise MezzotintError(f"{home / 'config.json'} says num_layers {layers}, the weights have {depth} blocks")
     wanted = [f"{module}.{kind}" for module in GLOBAL_MODULES for kind in ("weight", "bias")]
     for i in range(depth):
         modules = [*BLOCK_MODULES, *QKV]
         wanted += [f"transformer_blocks.{i}.{module}.{kind}" for module in modules for kind in ("weight", "bias")]
         wanted += [f"transformer_blocks.{i}.{name}" for name in EMBEDDINGS]
-    problems = [f"missing {name}" for name in wanted if not isinstance(content.get(name), Tensor)]
+    problems = [f"missing {name}" for name in wanted if name not in content]
     problems += [f"unexpected {name}" for name in content if name not in {*wanted, POSITIONS}]
     if not problems:  # shapes that what follows relies on; the others are compared with the network's
-        width = len(content["pos_embed.proj.bias"])
+        width = content["pos_embed.proj.bias"].numel()
         shapes = {"weight": (width, width), "bias": (width,)}
         problems = [
             f"{name} has shape {tuple(content[name].shape)}, expected {shapes[kind]}"
@@ -204,6 +199,8 @@ def _from_diffusers(
         tensors["pos_embed"] = content[POSITIONS]
     else:
         side = _number(config, "sample_size", 32, home) // _number(config, "patch_size", 2, home)
+        if side > MAX_SIDE:
+            raise MezzotintError(f"the config in {home} means {side} patches a side, at most {MAX_SIDE} are supported")
         tensors["pos_embed"] = position_table(width, side, side).unsqueeze(0)
     if stored is not None:
         classes = stored.backbone.num_classes or 0
@@ -242,7 +239,7 @@ def _foreign_recipe(network: Network, folder: Path, heads: int) -> Recipe:
         steps = _number(config, "num_train_timesteps", 1000, path.parent)
         prediction, schedule = config.get("prediction_type", "epsilon"), config.get("beta_schedule", "linear")
         ends = _number(config, "beta_start", 1e-4, path.parent), _number(config, "beta_end", 0.02, path.parent)
-        name = {"linear": "ddpm", "squaredcos_cap_v2": "cosine"}.get(schedule)
+        name = {"linear": "ddpm", "squaredcos_cap_v2": "cosine"}.get(str(schedule))
         scaled = math.isclose(ends[0], 0.1 / steps) and math.isclose(ends[1], 20 / steps)
         target = next((ours for ours, theirs in PREDICTION_TYPES.items() if theirs == prediction), None)
         if not (name and target) or (name == "ddpm" and not scaled) or config.get("trained_betas") is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor
 from mezzotint.backbones.nested import LevelConfig, NestedUNet, nest
 from mezzotint.backbones.unet import UNet
 from mezzotint.errors import MezzotintError
-from mezzotint.interop.checkpoint import Checkpoint, check, fit
-from mezzotint.interop.official import unpickle
+from mezzotint.interop.checkpoint import Checkpoint, check, fit, state_dict
+from mezzotint.interop.official import unpickle, weights_in
 from mezzotint.pipeline import load_tensors
 from mezzotint.recipe import Recipe, load_recipe
 
@@ -76,27 +76,12 @@ class MDMCheckpoint:
         return network.eval()
 
 
-class _Inert:
-    """In place of every class in a file: takes whatever the file would give to it, and does nothing with that."""
-
-    def __init__(self, *values: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def read_official(path: Path, recipe: Recipe | None) -> Checkpoint:
-    """A .pth of the official code and what it means: what `recipe` says, or the published network of as many levels.
+def from_official(content: Mapping[Any, Any], path: Path, recipe: Recipe | None) -> Checkpoint:
+    """A state dict under the official names and what it means: what `recipe` says, or as published for so many levels.
 
     Sizes are the file's; what no shape tells (heads, groups of GroupNorms, the images' sides) is the recipe's. Raises
     MezzotintError as `read_mdm`, and for a recipe of another kind of network or another number of levels.
     """
-    return _meant(read_mdm(path), path, recipe)
-
-
-def from_official(content: Mapping[str, Any], path: Path, recipe: Recipe | None) -> Checkpoint:
-    """`read_official` of a state dict under the official names."""
     return _meant(from_mdm(content, str(path)), path, recipe)
 
 
@@ -106,35 +91,15 @@ def read_mdm(path: Path, *, input_size: int = 64) -> MDMCheckpoint:
     Nothing in the file is run: the configurations that the training script saves along are read as empty objects.
     Raises MezzotintError for a file that is damaged, not of that code, or of a network that we do not have.
     """
-    return from_mdm(_state_dict(path), str(path), input_size=input_size)
+    return from_mdm(weights_in(unpickle(path)), str(path), input_size=input_size)
 
 
-def is_file(path: Path) -> bool:
-    """Whether `path` is a file of the official MDM code. One that is damaged is none."""
-    try:
-        return is_mdm(_state_dict(path))
-    except MezzotintError:
-        return False
+def is_mdm(names: Iterable[Any]) -> bool:
+    """Whether these are the names of an official MDM network's tensors, wrapped or not."""
+    return any(str(name).rpartition("temb_layer1.")[1:] == ("temb_layer1.", "weight") for name in names)
 
 
-def is_mdm(names: Mapping[str, Any]) -> bool:
-    """Whether these are the names of an official MDM network's tensors."""
-    return any(re.fullmatch(r"(module\.|_orig_mod\.)*temb_layer1\.weight", str(name)) for name in names)
-
-
-def _state_dict(path: Path) -> Mapping[str, Any]:
-    try:
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever is wrong with the file, `unpickle` says it
-        classes = []
-    inert: list[Any] = [(_Inert, name) for name in classes if name != "argparse.Namespace"]
-    with torch.serialization.safe_globals(inert):
-        content = unpickle(path)
-    inside = content.get("state_dict")
-    return inside if isinstance(inside, Mapping) else content
-
-
-def from_mdm(content: Mapping[str, Any], source: str, *, input_size: int = 64) -> MDMCheckpoint:
+def from_mdm(content: Mapping[Any, Any], source: str, *, input_size: int = 64) -> MDMCheckpoint:
     """The checkpoint of a state dict under the official names. Raises MezzotintError as `read_mdm` does."""
     if not is_mdm(content):
         names = ", ".join(list(content)[:4]) or "nothing"
@@ -142,15 +107,12 @@ def from_mdm(content: Mapping[str, Any], source: str, *, input_size: int = 64) -
             f"{source} is not an MDM: it has {len(content)} entries ({names}, …); expected the names of the official "
             "unet.py, such as temb_layer1.weight"
         )
-    named = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
     tensors: dict[str, Tensor] = {}
-    for official, value in named.items():
-        if not isinstance(value, Tensor):
-            raise MezzotintError(f"{source} is not a state dict: its entry {official!r} is no tensor; expected tensors")
+    for official, tensor in state_dict(content, source).items():
         name = _renamed(official)
         if word := next((word for word in UNREADABLE if re.search(rf"(^|\.){word}", name)), None):
             raise MezzotintError(f"{source} has {UNREADABLE[word]} ({official}), which our networks lack; take another")
-        tensors[name] = _converted(name, value.detach())
+        tensors[name] = _converted(name, tensor)
     levels = _levels(tensors, input_size, source)
     with torch.device("meta"):
         network = nest(levels)

@@ -1,9 +1,10 @@
-"""The files of facebookresearch/DiT and willisma/SiT: .pt and .pth, or the same tensors as .safetensors.
+"""The files of facebookresearch/DiT, willisma/SiT and sihyun-yu/REPA: .pt, .pth, or the same tensors as .safetensors.
 
 Their tensors have our names. A DiT file and a SiT file have the same names and shapes, so what the network was trained
 for is not in them: it comes from the recipe, from the training script's arguments, or from the file's name. SiT's time
 runs from noise to data, and so does its velocity: it is −ours. Since the velocity is the output of a linear layer, that
-layer's sign is turned on the way in and on the way out, which loses no bit.
+layer's sign is turned on the way in and on the way out, which loses no bit. REPA's networks are SiT's, but their time
+runs as ours; they are told by their projectors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -22,11 +24,22 @@ from torch import Tensor
 from mezzotint.conditions.imagenet import imagenet_class_names
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path
-from mezzotint.interop.checkpoint import Checkpoint, Network, check, check_positions, family_recipe
+from mezzotint.interop.checkpoint import Checkpoint, Network, check, check_positions, family_recipe, state_dict
 from mezzotint.recipe import Recipe
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+PROJECTORS = "projectors."  # REPA's, onto a frozen encoder's features: of training alone
+
+# What the training scripts call our words, by their argument and in lower case. DiT's has no such arguments.
+ARGUMENTS: dict[str, dict[str, dict[str, str]]] = {
+    "DiT": {"path_type": {}, "prediction": {}},
+    "SiT": {
+        "path_type": {name: name for name in ("linear", "gvp", "vp")},
+        "prediction": {name: name for name in ("velocity", "score", "noise")},
+    },
+    "REPA": {"path_type": {"linear": "linear", "cosine": "gvp"}, "prediction": {"v": "velocity"}},
+}
 
 # The words that the official codes know, for a network that they can sample.
 _NETWORK: dict[str, tuple[object, ...]] = {
@@ -58,29 +71,33 @@ KNOWN: dict[str, dict[str, tuple[object, ...]]] = {
 }
 
 
-def read_official(path: Path, recipe: Recipe | None) -> Checkpoint:
-    """A .pt or .pth of the official code: a state dict, or a training checkpoint (its EMA is taken)."""
-    content = unpickle(path)
-    arguments = content.get("args")
-    for key in ("ema", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    return from_official(content, path, recipe, arguments)
+def weights_in(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in what a training script saved, its average where there is one; else `content` itself."""
+    return next(
+        (content[key] for key in ("ema", "model", "state_dict") if isinstance(content.get(key), Mapping)), content
+    )
 
 
-def from_official(content: Mapping[str, Any], path: Path, recipe: Recipe | None, arguments: Any = None) -> Checkpoint:
-    """The checkpoint of a state dict under the official names and with the official sign."""
-    if strange := next((key for key, value in content.items() if not isinstance(value, Tensor)), None):
-        raise MezzotintError(
-            f"{path} is not a state dict: its entry {strange!r} is no tensor; expected names to tensors"
-        )
-    # What DistributedDataParallel and torch.compile put before every name.
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value.detach() for name, value in content.items()}
+def from_official(content: Mapping[Any, Any], path: Path, recipe: Recipe | None, arguments: Any = None) -> Checkpoint:
+    """The checkpoint of a state dict under the official names and with the sign of the code that wrote it.
+
+    arguments: those of the training script, where the file has them.
+    """
+    named = state_dict(content, str(path))
+    tensors = {name: tensor for name, tensor in named.items() if not name.startswith(PROJECTORS)}
+    aligned = len(tensors) < len(named)
+    if aligned:
+        tensors = _renumbered(tensors)
     network = Network.of(tensors, str(path))
-    recipe = network.fit(recipe or _words(network, path, arguments), str(path))
+    meant = recipe or _words(network, path, arguments, aligned)
+    if aligned and _backwards(meant):
+        raise MezzotintError(
+            f"{path} is a SiT of REPA's code (it has projectors), whose time runs from data to noise, and recipe "
+            f"{meant.name!r} has SiT's reversed time; leave the recipe out, or set time_input=[1,0]"
+        )
+    meant = network.fit(meant, str(path))
     names = imagenet_class_names() if network.num_classes == 1000 else ()
-    checkpoint = check(Checkpoint(_turned(tensors, recipe), recipe, names, str(path)))
+    checkpoint = check(Checkpoint(_turned(tensors, meant), meant, names, str(path)))
     check_positions(tensors["pos_embed"], str(path))
     return checkpoint
 
@@ -97,21 +114,24 @@ def write_official(checkpoint: Checkpoint, path: Path) -> None:
 def unpickle(path: Path) -> dict[str, Any]:
     """The mapping in a file of torch.save. Nothing in it is run: tensors, plain containers and argparse.Namespace only.
 
-    Raises `MezzotintError` for a file that holds code, is cut off or something else.
+    Objects of other classes, such as the configurations that training scripts save along, become empty ones. Raises
+    `MezzotintError` for a file that is cut off or holds something else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the training scripts save their arguments in one
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as error:
-        if isinstance(error, pickle.UnpicklingError) and (name := re.search(r"GLOBAL (\S+)", str(error))):
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file from before torch 1.6; or whatever is wrong with it shows below
+        foreign = []
+    allowed: list[Any] = [argparse.Namespace]  # the training scripts save their arguments in one
+    allowed += [(type(name, (_Inert,), {}), name) for name in foreign if name != "argparse.Namespace"]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
+    except Exception as error:  # whatever damaged bytes lead to
+        name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if name or foreign:
             raise MezzotintError(
-                f"{path} holds code besides tensors ({name[1]}), which was not run; save its state dict alone, or take "
-                "a .safetensors file"
+                f"{path} holds code besides tensors ({name[1] if name else foreign[0]}), which was not run; save its "
+                "state dict alone, or take a .safetensors file"
             ) from None
         raise MezzotintError(
             f"{path} is not a whole PyTorch file ({type(error).__name__}); take another checkpoint or copy it again"
@@ -121,36 +141,81 @@ def unpickle(path: Path) -> dict[str, Any]:
     return content
 
 
+class _Inert:
+    """In place of every class in a file: takes whatever the file would give to it, and does nothing with that."""
+
+    def __init__(self, *values: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _is_mappable(path: Path) -> bool:
+    """Whether tensors lie in the file as they are: not in one from before torch 1.6, nor in one that was compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def _turned(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
     """From the official sign to ours and back."""
-    if recipe.target != "velocity":
+    if not _backwards(recipe):
         return tensors
     return {name: -tensor if name in OUTPUT else tensor for name, tensor in tensors.items()}
+
+
+def _backwards(recipe: Recipe) -> bool:
+    """Whether the network's time runs from noise to data, and so does a velocity that it puts out."""
+    return recipe.target == "velocity" and recipe.time_input[0] < 0
+
+
+def _renumbered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's first files call the blocks after the aligned one `decoder_blocks`, counted from 0."""
+    encoders = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+
+    def place(found: re.Match[str]) -> str:
+        return f"blocks.{encoders + int(found[1])}."
+
+    return {re.sub(r"^decoder_blocks\.(\d+)\.", place, name): tensor for name, tensor in tensors.items()}
 
 
 # --------------------------------------------------------------------------------------------------- what it was for
 
 
-def _words(network: Network, path: Path, arguments: Any) -> Recipe:
-    """What the file was trained for, by the training script's arguments or else by the file's name."""
-    model = getattr(arguments, "model", None)
-    families = _families(model) if isinstance(model, str) else _families(path.stem)
+def _words(network: Network, path: Path, arguments: Any, aligned: bool) -> Recipe:
+    """What the file was trained for, by its tensors, the training script's arguments or else by the file's name."""
+    given = arguments if isinstance(arguments, Mapping) else getattr(arguments, "__dict__", {})
+    if isinstance(arguments, _Inert):
+        raise MezzotintError(
+            f"{path} holds its training arguments as a {type(arguments).__name__}, which is not read; give a recipe "
+            "that says what they were (dit-xl-2-256, sit-xl-2-256)"
+        )
+    model = given.get("model")
+    families = {"sit"} if aligned else _families(model) if isinstance(model, str) else _families(path.stem)
     if len(families) != 1:
         raise MezzotintError(
             f"{path} may be a DiT or a SiT, whose files look the same; name it so (DiT-XL-2-256x256.pt) or give a "
             "recipe (dit-xl-2-256, sit-xl-2-256)"
         )
-    recipe = family_recipe(families.pop(), network, path)
-    trained = {
-        key: value.lower()
-        for key, argument in (("interpolant", "path_type"), ("target", "prediction"))
-        if isinstance(value := getattr(arguments, argument, None), str)
-    }
-    if not trained:
-        return recipe
-    values = recipe.model_dump()
-    values |= {"target": trained.get("target", recipe.target)}
-    values["interpolant"] |= {"name": trained.get("interpolant", recipe.interpolant.name)}
+    family = families.pop()
+    code = "REPA" if aligned else {"dit": "DiT", "sit": "SiT"}[family]
+    words: dict[str, str] = {}
+    for key, known in ARGUMENTS[code].items():
+        if (value := given.get(key)) is not None:
+            if str(value).lower() not in known:
+                raise MezzotintError(
+                    f"{path} was trained with {key} {value!r}, which the official {code} code does not know, so that "
+                    "the direction of its time is not known either; give a recipe: sit-xl-2-256 with its interpolant "
+                    "and target, and time_input=[1,0] where t = 0 is data (REPA) or [-1,1] where it is noise (SiT)"
+                )
+            words[key] = known[str(value).lower()]
+    values = family_recipe(family, network, path).model_dump()
+    values["target"] = words.get("prediction", values["target"])
+    values["interpolant"]["name"] = words.get("path_type", values["interpolant"]["name"])
+    if aligned:
+        values |= {"name": path.stem, "description": f"Read from {path.name}.", "time_input": (1.0, 0.0)}
     return Recipe.parse(values)
 
 
