@@ -131,10 +131,11 @@ def hugging_face(
 
     Columns are recognised by type, `Image` and `ClassLabel`, when they are not given; `label_column` may also hold
     integers, unless streaming. `caption_column` holds a text or a list of texts per image; with it, a column of labels
-    may be missing, and an image without a text counts as unreadable. Images become squares of `size` pixels by `adm_center_crop`. A test split is the set's
-    own (test, else validation; with `labels` one whose labels are known) or `test_fraction` of the training images. With `streaming` nothing is stored, and the
-    order is that of the files, shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is
-    not installed, or the set cannot be loaded, or its columns or splits are not clear.
+    may be missing, and an image without a text counts as unreadable. Images become squares of `size` pixels by
+    `adm_center_crop`. A test split is the set's own (test, else validation; with `labels` one whose labels are known)
+    or `test_fraction` of the training images. With `streaming` nothing is stored, and the order is that of the files,
+    shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is not installed, or the set
+    cannot be loaded, or its columns or splits are not clear.
     """
     try:
         import datasets
