@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,155 @@ def test_combinations_that_mean_nothing_fail_when_built(tiny: Recipe, overrides:
     recipe = override_recipe(tiny, overrides)
     with pytest.raises(MezzotintError, match=sentence):
         make_objective(recipe, build_denoiser(recipe))
+
+
+# ---- What was typed --------------------------------------------------------------------------------------------------
+
+PLAIN = ["2024", "20240101", "2024-01-31", "001", "1e-4", "no", "true", "0x10", "1:30", ".inf", "a[b]", "élan"]
+TYPED = [*PLAIN, "a: b", "[raw] photos", "photo #1", "#1", "{x}", "*", "&a b", "!x", "- a", "%a", "@a", "'a' b"]
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_text_is_what_was_typed(typed: str) -> None:
+    """YAML 1.1 has numbers, dates, booleans, comments, lists or mistakes for all of these."""
+    overrides = [f"data=folder:{typed}", f"init={typed}", f"condition.encoder={typed}", f"description={typed}"]
+    recipe = load_recipe("digits", overrides)
+    assert (recipe.data.name, recipe.data.path) == ("folder", typed)
+    assert (recipe.init, recipe.condition.encoder, recipe.description) == (typed, typed, typed)
+
+
+@pytest.mark.parametrize("typed", PLAIN)
+def test_a_text_of_a_file_is_what_was_typed(tmp_path: Path, typed: str) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"extends: digits\nname: {typed}\ninit: {typed}\ntraining:\n  freeze:\n  - {typed}\n  - x\n", encoding="utf-8"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.name, recipe.init, recipe.training.freeze) == (typed, typed, (typed, "x"))
+    (tmp_path / "saved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("training.lr=1e-4", lambda r: r.training.lr, 1e-4),
+        ("training.lr=.5", lambda r: r.training.lr, 0.5),
+        ("training.steps=1_000", lambda r: r.training.steps, 1000),
+        ("training.steps=010", lambda r: r.training.steps, 10),
+        ("training.steps=0x10", lambda r: r.training.steps, 16),
+        ("training.compile=yes", lambda r: r.training.compile, True),
+        ("data.labels=no", lambda r: r.data.labels, False),
+        ("seed=18446744073709551615", lambda r: r.seed, 2**64 - 1),
+        ("init=null", lambda r: r.init, None),
+        ("init=", lambda r: r.init, None),
+        ('init="null"', lambda r: r.init, "null"),
+        ("init='a b'", lambda r: r.init, "a b"),
+        ("data={name: folder, path: 2024}", lambda r: (r.data.name, r.data.path), ("folder", "2024")),
+        ('data="folder:2024"', lambda r: (r.data.name, r.data.path), ("folder", "2024")),
+        ("training.lora={rank: 0, targets: [no, 7]}", lambda r: r.training.lora.targets, ("no", "7")),
+        ('sampling.sampler="sde-sigma"', lambda r: (r.sampling.sampler, r.sampling.diffusion), ("sde", "sigma")),
+        ("backbone.scan=[row, column]", lambda r: r.backbone.scan, ("row", "column")),
+    ],
+)
+def test_a_value_is_what_its_field_has(override: str, read: object, expected: object) -> None:
+    start = "diffussm-digits" if "scan" in override else "digits"
+    assert read(load_recipe(start, [override])) == expected  # type: ignore[operator]
+
+
+def _bomb(item: str) -> str:
+    """A mapping that with aliases written out has 9^9 values."""
+    lines = [f"{name}: &{name} {item.format(','.join([f'*{below}'] * 9))}\n" for below, name in pairwise("abcdefghi")]
+    return "a: &a {k: 1}\n" + "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is not a recipe: expected a mapping"),
+        ("hello", "is not a recipe: expected a mapping"),
+        ("data: null", "data = None is not valid: expected keys with values"),
+        ("data: [1]", r"data = \[1\] is not valid: expected keys with values"),
+        ("backbone: [1]", r"backbone = \[1\] is not valid: expected keys with values"),
+        ("backbone: {name: [1]}", r"backbone \['1'\] is unknown"),
+        ("sampling: [1]", r"sampling = \[1\] is not valid: expected keys with values"),
+        ("training: 5", "training = 5 is not valid: expected keys with values"),
+        ("guidance: 4", "guidance = 4 is not valid: expected keys with values"),
+        ("training: {lora: 4}", r"training\.lora = 4 is not valid: expected keys with values"),
+        ("training: {stages: [5]}", r"training\.stages\.0 = 5 is not valid: expected keys with values"),
+        ("seed: {a: 1}", r"seed = \{'a': '1'\} is not valid"),
+        ("name: null", "name = None is not valid"),
+        ("extends: [digits]", r"extends \['digits'\]; expected a recipe's name"),
+        ("seed: 2024-99-99", "seed = '2024-99-99' is not valid"),
+        ("seed: " + "9" * 5000, "is not valid: it is too large for a number"),
+        ("seed: " + "9" * 4000, "is not valid: it is too large for a number"),
+        ("seed: '" + "9" * 4000 + "'", "is not valid: it is too large for a number"),
+        ("seed: 0x" + "f" * 5000, "is not valid: it is too large for a number"),
+        ("seed: 18446744073709551616", "is not valid"),
+        ("training: {lr: 1e999}", r"training\.lr = '1e999' is not valid: it is too large for a number"),
+        ("training: {ema: [" + "9" * 5000 + "]}", r"training\.ema = .* is not valid: it is too large for a number"),
+        ("seed: 1\nseed: 2", "line 2 gives the key 'seed' a second time"),
+        ("data: {path: a, path: b}", "gives the key 'path' a second time"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1 has the tag 'python/object/apply:os.system'"),
+        ("description: !!binary aGk=", "line 1 has the tag 'binary'"),
+        ("[a]: 1", "line 1 has a key that is no word"),
+        ("a: *b", "is not valid YAML: line 1: found undefined alias 'b'"),
+        ("a: 1\n---\nb: 2", "is not valid YAML: line 2: expected a single document"),
+        ("a: \x01", "is not valid YAML: unacceptable character"),
+        ("data: &a {path: *a}", "it is nested too deeply"),
+        ("a: " + "[" * 60_000, "it is nested too deeply"),
+        ("a: " + "{a: " * 15_000, "it is nested too deeply"),
+        ("- " * 30_000, "it is nested too deeply"),
+        (_bomb("[{}]"), "it means more than 10,000 values, aliases written out"),
+        (_bomb("{{<<: [{}]}}"), "it means more than 10,000 values, aliases written out"),
+        ("#" * 70_000, "is not a recipe: it has more than 65,536 bytes"),
+        ("x" * 1000 + ": 1", r"key 'xxx+\.\.\.xxx+' is unknown"),
+        *((f'name: "{name}"', "expected the name of a folder") for name in ("../x", "a/b", r"a\\b", "..", "", r"a\nb")),
+        (f"name: {'x' * 300}", "expected the name of a folder, of at most 200 bytes"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(MezzotintError, match=sentence) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_merge_keys_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    text = "extends: digits\nbackbone: &a {depth: 2, heads: 3}\nrepresentation: {name: pixels}\n"
+    (tmp_path / "r.yaml").write_text(text + "data: {<<: {size: 16, channels: 1}, size: 8}\n", encoding="utf-8-sig")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.data.size, recipe.data.channels, recipe.backbone.depth) == (8, 1, 2)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "r.yaml").write_text("description: é", encoding=encoding)
+    with pytest.raises(MezzotintError, match=r"r\.yaml cannot be read .*UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_loop_of_extends_ends(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(f"extends: {b}\n")
+    b.write_text(f"extends: {tmp_path}/../{tmp_path.name}/a.yaml\n")
+    for path in (a, b):
+        with pytest.raises(MezzotintError, match="extends itself"):
+            load_recipe(path)
+
+
+def test_a_name_that_no_file_can_have_is_an_unknown_recipe() -> None:
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(MezzotintError, match="is unknown"):
+            load_recipe(name)
+
+
+def test_numbers_given_in_python_may_be_too_large_too() -> None:
+    with pytest.raises(MezzotintError, match=r"training\.steps = a whole number of 16,610 bits is not valid"):
+        Recipe.parse({"name": "x", "training": {"steps": 10**5000}})
+    with pytest.raises(MezzotintError, match=r"Recipe = \[1\] is not valid"):
+        Recipe.parse([1])  # type: ignore[arg-type]
 
 
 def test_every_field_is_documented() -> None:

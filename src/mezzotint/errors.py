@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -16,3 +17,19 @@ def closest(word: str, known: Iterable[str]) -> str:
     near = [name for name in known if name.startswith(word)] if word else []
     near = [*near, *(name for name in difflib.get_close_matches(word, known, n=3, cutoff=0.4) if name not in near)][:3]
     return f"closest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlong = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python writes no longer ones out.
+        return f"a whole number of {x.bit_length():,} bits" if x.bit_length() > 4096 else super().repr_int(x, level)
+
+
+def shortened(value: object) -> str:
+    """``repr(value)``, as much of it as a sentence can hold."""
+    return _Short().repr(value)

@@ -126,9 +126,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`atomic_path`, for text."""
+    """`atomic_path`, for text. What UTF-8 cannot say, bytes of a file's name, is written as JSON does: ``\\udcff``."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_text(path: str | Path) -> str:

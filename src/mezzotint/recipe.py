@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from contextlib import suppress
 from importlib import resources
 from inspect import signature
 from pathlib import Path
@@ -11,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from mezzotint import data
+from mezzotint import data, files
 from mezzotint.backbones import DIFFUSSM_CONFIGS, DIT_CONFIGS, MDM_CONFIGS
 from mezzotint.backbones.diffussm import Scan
 from mezzotint.backbones.layers import TIME_FREQUENCIES
 from mezzotint.backbones.nested import LevelConfig
 from mezzotint.backbones.s4d import Discretisation, Initialisation
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
 from mezzotint.representations import TOKENIZERS, FitSettings
@@ -26,6 +28,7 @@ from mezzotint.samplers import Sampler
 from mezzotint.settings import Settings
 from mezzotint.targets import Target
 from mezzotint.weightings import WeightingName
+from mezzotint.written import Written, as_written, read_text, read_yaml
 
 
 class DataSettings(Settings):
@@ -226,10 +229,12 @@ class BackboneSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_sizes(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _published_sizes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # for pydantic to refuse
         name = values.get("name", "dit")
-        if name not in CONFIGURATIONS:
-            raise ValueError(f"backbone {name!r} is unknown; {closest(str(name), CONFIGURATIONS)}")
+        if not isinstance(name, str) or name not in CONFIGURATIONS:
+            raise ValueError(f"backbone {shortened(name)} is unknown; {closest(str(name), CONFIGURATIONS)}")
         return CONFIGURATIONS[name] | {**values, "name": _network(name)}
 
     @model_validator(mode="after")
@@ -494,6 +499,12 @@ class StagePlan(NamedTuple):
     """What it has in place of the objective's settings."""
 
 
+#: bytes of a recipe's name, which leave room for what is put behind it in names of files
+MAX_NAME = 200
+#: bytes of a recipe's file; the longest that the library ships has two thousand
+MAX_BYTES = 2**16
+
+
 class Recipe(Settings):
     """A run: the six words of the library, and how to train and sample."""
 
@@ -521,6 +532,17 @@ class Recipe(Settings):
     training: TrainingSettings = TrainingSettings()
     sampling: Sampler = Sampler()
     guidance: Guidance = Guidance()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if name.strip() in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or size > MAX_NAME:
+            raise ValueError(
+                f"name = {shortened(name)} is not valid: a run is written to runs/<name>, so expected the name of a "
+                f"folder, of at most {MAX_NAME} bytes and without slashes"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -687,7 +709,7 @@ def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> R
     """`recipe` with ``key=value`` overrides applied in order. Raises `MezzotintError` as `load_recipe` does."""
     values = recipe.model_dump()
     for override in overrides:
-        values = _merge(values, read_override(override))
+        values = _merge(values, read_override(override), Recipe)
     return Recipe.parse(values)
 
 
@@ -747,70 +769,90 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
     return recipe.model_copy(update={"backbone": backbone, "representation": representation})
 
 
-def _read(source: str | Path) -> dict[str, Any]:
-    """The merged mapping of a recipe and of those that it extends."""
-    path = Path(source)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
+def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The merged mapping of a recipe and of those that it extends; `extending` are those that it is the base of."""
+    path, is_file = Path(source), False
+    with suppress(OSError):  # a name that no file can have
+        path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
+        is_file = path.is_file()
+    place = str(path.resolve()) if is_file else str(source)
+    if place in extending:
+        raise MezzotintError(f"the recipe {source} extends itself, by way of others or not; take an 'extends' out")
+    if is_file:
+        if path.stat().st_size > MAX_BYTES:
+            raise MezzotintError(f"{source} is not a recipe: it has more than {MAX_BYTES:,} bytes")
+        text = files.read_text(path)
     elif str(source) in (names := recipe_names()):
         text = (resources.files("mezzotint.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") or "/" in str(source):
         raise MezzotintError(f"there is no recipe file or run folder at {source}")
     else:
         raise MezzotintError(
-            f"recipe {str(source)!r} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')"
+            f"recipe {shortened(str(source))} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')"
         )
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise MezzotintError(f"{source} is not valid YAML: {problem}") from None
+        values = read_yaml(text)
+    except ValueError as error:
+        raise MezzotintError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values")
     base = values.pop("extends", None)
-    values.setdefault("name", path.stem if path.is_file() else str(source))
-    if ((own := path.parent / OWN_FOLDER) / INFO).is_file() and path.name == "recipe.yaml":
-        values["representation"] |= {"path": str(own)}  # wherever the run's folder is now
-    return _merge({} if base is None else _read(base), values)
+    base = read_text(base) if isinstance(base, Written) else base
+    if base is not None and not isinstance(base, str):
+        raise MezzotintError(
+            f"{source} extends {shortened(base)}; expected a recipe's name, a YAML file or a run folder"
+        )
+    values.setdefault("name", path.stem if is_file else str(source))
+    merged = _merge({} if base is None else _read(base, (*extending, place)), values, Recipe)
+    section, own = merged.get("representation"), path.parent / OWN_FOLDER
+    if path.name == "recipe.yaml" and isinstance(section, dict) and (own / INFO).is_file():
+        section["path"] = str(own)  # wherever the run's folder is now
+    return merged
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], top: dict[str, Any], schema: type[Settings]) -> dict[str, Any]:
     """`top` laid over `base`, section by section. A backbone chosen by name brings its own sizes."""
     merged = dict(base)
     for key, value in top.items():
-        section = Recipe.model_fields[key].annotation if key in Recipe.model_fields else None
-        if isinstance(value, str) and isinstance(section, type) and issubclass(section, Settings):
-            value = _named_section(key, value)
-        if not (isinstance(value, dict) and isinstance(below := merged.get(key), dict)):
+        section = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if not (isinstance(section, type) and issubclass(section, Settings)):
+            merged[key] = value
+            continue
+        if isinstance(value, str):
+            value = _named_section(key, value, section)
+        below = merged.get(key)
+        if not (isinstance(value, dict) and isinstance(below, dict)):
             merged[key] = value
             continue
         if key == "backbone" and "name" in value:
             dropped = {key for options in NETWORK_OPTIONS.values() for key in options}
             dropped -= {key for key in NETWORK_OPTIONS.get(_network(str(value["name"])), ()) if key not in SIZES}
             below = {k: v for k, v in below.items() if k not in dropped}
-        merged[key] = _merge(below, value)
+        merged[key] = _merge(below, value, section)
     return merged
 
 
-def _named_section(key: str, word: str) -> dict[str, Any]:
-    """What a bare word means for a section: `data=folder:PATH`, `sampling=ddpm`, `interpolant=gvp`."""
-    if key == "data" and ":" in word:
-        name, _, path = word.partition(":")
+def _named_section(key: str, word: str, section: type[Settings]) -> Any:
+    """What a bare word means for a section: `data=folder:PATH`, `sampling=ddpm`, `interpolant=gvp`; or its mapping."""
+    if word.startswith("{") and isinstance(word, Written):
+        try:
+            return read_yaml(word)
+        except ValueError as error:
+            raise MezzotintError(f"{key} = {shortened(word)} is not valid YAML: {error}") from None
+    name = read_text(word) if isinstance(word, Written) else word
+    if key == "data" and name and ":" in name:
+        name, _, path = name.partition(":")
         return {"name": name, "path": path}
-    return {"sampler" if key == "sampling" else "name": word}
+    by = "sampler" if key == "sampling" else "name"
+    return {by: name} if name and by in section.model_fields else name
 
 
 def read_override(text: str) -> dict[str, Any]:
-    """One dotted ``key=value``, the value read as YAML, as a nested mapping; else raises `MezzotintError`."""
+    """One dotted ``key=value`` as a nested mapping, the value as it was typed; else raises `MezzotintError`."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise MezzotintError(f"override {text!r} is not of the form key=value, e.g. training.steps=1000")
-    try:
-        value = yaml.safe_load(written)
-    except yaml.YAMLError:
-        raise MezzotintError(f"the value of override {text!r} is not valid YAML") from None
+        raise MezzotintError(f"override {shortened(text)} is not of the form key=value, e.g. training.steps=1000")
+    value: Any = as_written(written)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, shortened
+from mezzotint.written import read_field
 
 
 class Settings(BaseModel):
     """A frozen record whose fields are validated when it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_the_field_has_it(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            return read_field(cls.model_fields[str(info.field_name)].annotation, value)
+        except ValueError as error:
+            raise PydanticCustomError("yaml", "{reason}", {"reason": str(error)}) from None
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
@@ -30,13 +39,15 @@ def _sentence(root: type[BaseModel], error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or root.__name__
     if error["type"] == "extra_forbidden":
-        return f"key {key!r} is unknown; {closest(path[-1], _fields_at(root, path[:-1]))}"
+        return f"key {shortened(key)} is unknown; {closest(path[-1], _fields_at(root, path[:-1]))}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; it has no default"
     if "error" in (context := error.get("ctx", {})) and isinstance(context["error"], Exception):
         return str(context["error"])  # raised by a validator of ours, already a sentence
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} = {error['input']!r} is not valid: {message}"
+    if error["type"] == "model_type":
+        message = "expected keys with values, in braces or a line each"
+    return f"{key} = {shortened(error['input'])} is not valid: {message}"
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:

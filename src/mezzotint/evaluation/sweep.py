@@ -23,7 +23,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from mezzotint.errors import MezzotintError, closest
@@ -37,6 +36,7 @@ from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
 from mezzotint.samplers import Sampler
+from mezzotint.written import as_written, read_field
 
 #: raise whenever a cell's figures change for the same settings
 VERSION = 1
@@ -73,9 +73,9 @@ def parse_axes(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
         if name in axes:
             raise MezzotintError(f"axis {name!r} is given twice; put all its values behind one, with commas between")
         try:
-            axes[name] = [yaml.safe_load(value) for value in values]
-        except yaml.YAMLError:
-            raise MezzotintError(f"the values of axis {word!r} are not valid YAML") from None
+            axes[name] = [read_field(Any, as_written(value.strip())) for value in values]
+        except ValueError as error:
+            raise MezzotintError(f"the values of axis {word!r} are not valid YAML: {error}") from None
     return axes, overrides
 
 

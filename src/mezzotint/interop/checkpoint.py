@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from mezzotint.backbones import DIT_CONFIGS
@@ -18,6 +17,7 @@ from mezzotint.backbones.layers import TIME_FREQUENCIES, position_table
 from mezzotint.errors import MezzotintError
 from mezzotint.pipeline import build_backbone, header_list, load_tensors
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
+from mezzotint.written import read_yaml
 
 # How far a position table may lie from the sine-cosine one; in half precision, its own rounding.
 POSITION_TOLERANCE = 1e-4
@@ -316,8 +316,8 @@ def parse_header(metadata: Mapping[str, str], source: str) -> tuple[Recipe | Non
     """The recipe, the classes' names and the captions in a safetensors header, where it has them."""
     names, prompts = (header_list(metadata, key, source) for key in ("class_names", "prompts"))
     try:
-        values = yaml.safe_load(metadata["recipe"]) if "recipe" in metadata else None
-    except (ValueError, RecursionError, yaml.YAMLError):
+        values = read_yaml(metadata["recipe"]) if "recipe" in metadata else None
+    except ValueError:
         values = ()
     if values is not None and not isinstance(values, dict):
         raise MezzotintError(f"the header of {source} is damaged; take another checkpoint or copy it again")

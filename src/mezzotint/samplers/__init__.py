@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -70,8 +70,8 @@ class Sampler(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_name(cls, values: dict[str, object]) -> dict[str, object]:
-        name = values.get("sampler")
+    def _split_name(cls, values: Any) -> Any:
+        name = values.get("sampler") if isinstance(values, dict) else None
         if isinstance(name, str) and name not in SAMPLERS and name.startswith("sde-"):
             prefix, _, form = name.rpartition("-")
             if prefix in SAMPLERS:
