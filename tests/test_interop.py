@@ -794,6 +794,37 @@ def test_a_foreign_pipeline(diffusers: Any, vae: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "pipe", recipe=loaded.recipe).recipe == loaded.recipe
 
 
+def test_an_autoencoder_that_ditpipeline_would_misread_is_refused(vae: Path, tmp_path: Path) -> None:
+    run = run_of(made(recipe()), tmp_path / "run")
+    original = (vae / "config.json").read_text()
+    for changes, sentence in (
+        ({"shift_factor": 0.1}, "cannot express an autoencoder with a shift_factor"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}, "cannot express an autoencoder with a latents_mean"),
+        ({"_class_name": "AutoencoderTiny"}, "is a diffusers AutoencoderTiny, expected an AutoencoderKL"),
+    ):
+        (vae / "config.json").write_text(original)
+        edited(vae / "config.json", **changes)
+        with pytest.raises(MezzotintError, match=sentence):
+            convert(run, tmp_path / "out", to="diffusers", vae=str(vae))
+
+
+def test_the_only_variant_of_a_folder_s_weights(diffusers: Any, vae: Path, tmp_path: Path) -> None:
+    """It is read, and goes into a new folder by the usual name; of two files the one that is named is read."""
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.fp16.safetensors")
+    run = run_of(made(recipe()), tmp_path / "run")
+    folder = convert(run, tmp_path / "out", to="diffusers", vae=str(vae))
+    diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    plain = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    variant = plain.with_name("diffusion_pytorch_model.fp16.safetensors")
+    half = {name: tensor.half() for name, tensor in load_file(plain).items()}
+    save_file(half, variant)
+    assert read_checkpoint(variant, recipe()).tensors["pos_embed"].dtype == torch.float32, "computed, not stored"
+    assert read_checkpoint(variant, recipe()).tensors["x_embedder.proj.weight"].dtype == torch.float16
+    assert read_checkpoint(plain, recipe()).tensors["x_embedder.proj.weight"].dtype == torch.float32
+    plain.unlink()
+    assert read_checkpoint(folder, recipe()).tensors["x_embedder.proj.weight"].dtype == torch.float16
+
+
 def test_weights_of_a_folder_by_themselves(tmp_path: Path) -> None:
     run = run_of(made(recipe("dit", "backbone.num_classes=2"), ("cat", "dog")), tmp_path / "run")
     folder = convert(run, tmp_path / "out", to="diffusers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import resource
@@ -135,6 +136,93 @@ def test_latents_are_those_of_diffusers(tmp_path: Path, photos: Path, shift: flo
     torch.testing.assert_close(autoencoder.encode(x), (posterior.mean - (shift or 0)) * 0.25)
     torch.testing.assert_close(autoencoder.decode(drawn), decoded)
     assert not torch.equal(mean, drawn)
+
+
+MEANS, DEVIATIONS = (-1.6, 1.1, 3.0, -0.6), (8.4, 5.9, 6.6, 5.2)
+
+
+@torch.no_grad()
+def test_numbers_for_each_channel_are_those_of_diffusers(recipe: Recipe, photos: Path, tmp_path: Path) -> None:
+    """As its SDXL pipelines do: (z − latents_mean) · scaling_factor / latents_std; from images and from a cache."""
+    path = save_autoencoder(tmp_path / "vae", latents_mean=MEANS, latents_std=DEVIATIONS)
+    network, x = diffusers.AutoencoderKL.from_pretrained(path), images(photos)
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEANS, DEVIATIONS))
+    expected = (network.encode(x).latent_dist.mean - mean) * 0.25 / std
+    autoencoder = KLAutoencoder(path, channels=4, stride=8)
+    torch.testing.assert_close(autoencoder.encode(x), expected)
+    decoded = network.decode(expected * std / 0.25 + mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(autoencoder.decode(expected), decoded)
+    double = KLAutoencoder(path, scale=0.5)
+    torch.testing.assert_close(double.encode(x), 2 * expected)
+
+    encode(override_recipe(recipe, [f"representation.path={path}"]), tmp_path / "latents")
+    info = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    assert (info["scale"], info["shift"], info["std"]) == (0.25, list(MEANS), list(DEVIATIONS))
+    dataset = cached_latents(tmp_path / "latents")
+    moments, _ = dataset.get_batch(torch.arange(len(dataset)))
+    torch.testing.assert_close(dataset.encode(moments), autoencoder.encode(images(photos)))
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(info | {"std": [1.0, 2.0]}))
+    with pytest.raises(MezzotintError, match=r"latents\.json is damaged: its std has 2 numbers for 4 channels"):
+        cached_latents(tmp_path / "latents")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"latents_mean": MEANS}, "says latents_mean; expected both of latents_mean and latents_std"),
+        ({"latents_mean": MEANS, "latents_std": DEVIATIONS, "shift_factor": 0.1}, "says .* and shift_factor; expected"),
+        ({"latents_mean": MEANS[:3], "latents_std": DEVIATIONS}, r"says latents_mean \[.*\], expected 4 numbers"),
+        ({"latents_mean": MEANS, "latents_std": [1, 1, 1, "1"]}, r"says latents_std \[.*\], expected 4 numbers"),
+        ({"latents_mean": MEANS, "latents_std": [1, 1, 0, 1]}, r"says latents_std \[.*\], expected numbers above 0"),
+        ({"latents_mean": 0.1, "latents_std": DEVIATIONS}, r"says latents_mean 0\.1, expected 4 numbers"),
+        ({"scaling_factor": None}, "says scaling_factor None, expected a number other than 0"),
+        ({"scaling_factor": 0}, "says scaling_factor 0, expected a number other than 0"),
+        ({"scaling_factor": math.nan}, "says scaling_factor nan, expected a number"),
+        ({"shift_factor": "x"}, "says shift_factor 'x', expected a number"),
+        ({"_class_name": "AutoencoderTiny"}, "is a diffusers AutoencoderTiny, expected an AutoencoderKL"),
+        ({"_class_name": ["AutoencoderKL"]}, r"is a diffusers \['AutoencoderKL'\], expected"),
+        ({"block_out_channels": 4}, "no autoencoder could be read"),
+        ({"block_out_channels": []}, "no autoencoder could be read"),
+        ({"latent_channels": "4"}, "no autoencoder could be read"),
+        ({"norm_num_groups": 0}, "no autoencoder could be read"),
+        ({"down_block_types": {"a": 1}}, "no autoencoder could be read"),
+        ({"act_fn": 3}, "no autoencoder could be read"),
+    ],
+)
+def test_a_config_that_means_nothing(changes: dict[str, Any], sentence: str, vae: str, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(vae, tmp_path / "vae")) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(MezzotintError, match=sentence):
+        KLAutoencoder(str(file.parent))
+
+
+def test_a_config_that_is_no_json(vae: str, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(vae, tmp_path / "vae")) / "config.json"
+    for text in ("{", "[" * 200_000, "[]", ""):
+        file.write_text(text)
+        with pytest.raises(MezzotintError, match=r"config\.json is (missing or no JSON|not a JSON object)"):
+            KLAutoencoder(str(file.parent))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_only_variant_is_read(safe: bool, vae: str, tmp_path: Path) -> None:
+    half = diffusers.AutoencoderKL.from_pretrained(vae).half()
+    half.save_pretrained(tmp_path / "vae", variant="fp16", safe_serialization=safe)
+    assert len(list((tmp_path / "vae").iterdir())) == 2
+    network = KLAutoencoder(str(tmp_path / "vae")).network
+    assert all(torch.equal(p, q.float()) for p, q in zip(network.parameters(), half.parameters(), strict=True))
+    half.save_pretrained(tmp_path / "vae", variant="other", safe_serialization=safe)
+    with pytest.raises(MezzotintError, match="no autoencoder could be read"):
+        KLAutoencoder(str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(torch.bool, "BOOL"), (torch.int8, "I8"), (torch.float8_e5m2, "F8_E5M2")])
+def test_a_quantised_autoencoder_is_refused(dtype: torch.dtype, word: str, vae: str, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(vae, tmp_path / "vae")) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"encoder.conv_in.weight": tensors["encoder.conv_in.weight"].to(dtype)}, file, {"format": "pt"})
+    with pytest.raises(MezzotintError, match=rf"encoder\.conv_in\.weight in .* has dtype {word}, expected"):
+        KLAutoencoder(str(file.parent))
 
 
 def test_bf16_computes_in_bf16_and_returns_fp32(vae: str, photos: Path) -> None:

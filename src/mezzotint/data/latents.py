@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mezzotint.data.base import ImageDataset, ImageStream
@@ -74,15 +74,24 @@ class CacheInfo(Settings):
     tiling: bool
     """Whether it encoded large images in tiles."""
     scale: float
-    """Training's x is scale · (latent − shift)."""
-    shift: float
-    """See scale."""
+    """Training's x is scale · (latent − shift) / std."""
+    shift: float | tuple[float, ...]
+    """See scale; one number, or one for each channel."""
+    std: tuple[float, ...] | None = None
+    """See scale; one number for each channel, or None for 1."""
     dtype: Literal["float32", "float16", "bfloat16"]
     """Of the moments."""
     shard_size: int = Field(ge=1)
     """Examples in a file; the last may have fewer."""
     splits: dict[str, SplitInfo]
     """By name, train and test."""
+
+    @model_validator(mode="after")
+    def _of_each_channel(self) -> CacheInfo:
+        for key in ("shift", "std"):
+            if isinstance(values := getattr(self, key), tuple) and len(values) != self.latent_shape[0]:
+                raise ValueError(f"its {key} has {len(values)} numbers for {self.latent_shape[0]} channels")
+        return self
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -104,7 +113,8 @@ class CacheInfo(Settings):
 
     def fingerprint(self, split: str) -> str:
         """16 hexadecimal digits over all that a shard of `split` depends on; written into it."""
-        left_out = {"splits", "stochastic"} if self.stochastic else {"splits"}  # caches from before it have no such key
+        left_out = {"splits"}  # and what caches from before it have no key for
+        left_out |= {key for key, usual in (("stochastic", True), ("std", None)) if getattr(self, key) == usual}
         values = self.model_dump(mode="json", exclude=left_out) | {split: self.splits[split].model_dump()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -168,6 +178,7 @@ def encode_dataset(
             "tiling": representation.tiling,
             "scale": representation.scale,
             "shift": representation.shift,
+            "std": representation.std,
             "dtype": dtype,
             "shard_size": shard_size,
             "splits": {split: {"identity": dataset.identity, "examples": len(dataset)}},
@@ -422,7 +433,8 @@ class CachedLatents:
         if not self.stochastic:
             return moments.float()
         mean, log_variance = moments.float().chunk(2, dim=1)
-        return scaled_latents(mean, log_variance, eps, scale=self.info.scale, shift=self.info.shift)
+        info = self.info
+        return scaled_latents(mean, log_variance, eps, scale=info.scale, shift=info.shift, std=info.std)
 
 
 def cached_latents(

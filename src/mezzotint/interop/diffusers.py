@@ -41,6 +41,7 @@ from mezzotint.interop.official import unpickle
 from mezzotint.interpolants import interpolant
 from mezzotint.pretrained import WEIGHTS, read_json, weights_file
 from mezzotint.recipe import Recipe
+from mezzotint.representations.kl import check_class
 
 NULL_CLASS = 1000
 POSITIONS = "pos_embed.pos_embed"
@@ -409,12 +410,14 @@ def _write_autoencoder(recipe: Recipe, vae: str | None, folder: Path) -> None:
         )
         return
     config = read_json(weights.parent / "config.json")
-    if config.get("shift_factor"):
-        raise _inexpressible(f"an autoencoder with a shift_factor ({source})", "it only scales latents")
+    check_class(config, weights.parent)
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key):
+            raise _inexpressible(f"an autoencoder with a {key} ({source})", "it only scales latents")
     if scale is not None:
         config["scaling_factor"] = scale
     _write_json(folder / "config.json", config)
-    shutil.copyfile(weights, folder / weights.name)
+    shutil.copyfile(weights, folder / f"{WEIGHTS}{weights.suffix}")  # a variant, too, by the usual name
 
 
 def _find_autoencoder(source: str) -> Path | None:
@@ -432,9 +435,7 @@ def _find_autoencoder(source: str) -> Path | None:
 
 
 def _autoencoder_weights(folder: Path) -> Path | None:
-    files = (folder / f"{WEIGHTS}.{suffix}" for suffix in ("safetensors", "bin"))
-    weights = next((file for file in files if file.is_file()), None)
-    return weights if (folder / "config.json").is_file() else None
+    return weights_file(folder) if (folder / "config.json").is_file() else None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

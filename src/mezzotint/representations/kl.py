@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mezzotint.errors import MezzotintError
+from mezzotint.pretrained import WEIGHTS, read_json, weights_file
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,8 +40,9 @@ class KLAutoencoder:
     ) -> None:
         """path: a folder with an autoencoder or with a whole pipeline (its sub-folder ``vae``), or a hub model.
 
-        scale: factor on the latents; None takes the autoencoder's own (0.18215 for Stable Diffusion's). stride,
-        channels: what the autoencoder must have. precision: "fp32" or "bf16", of weights and activations. slicing: one
+        scale: factor on the latents; None takes the autoencoder's own (0.18215 for Stable Diffusion's). What else its
+        config says of latents, shift_factor or latents_mean and latents_std, is applied, too (`scaled_latents`).
+        stride, channels: what the autoencoder must have. precision: "fp32" or "bf16", of weights and activations. slicing: one
         image at a time; tiling: one tile of an image at a time, which changes large images a little.
         Raises `MezzotintError` where diffusers or the files are missing, or the autoencoder is another than wanted.
         """
@@ -46,6 +50,7 @@ class KLAutoencoder:
         self.network: Any = _load(path)
         config = self.network.config
         self.channels, self.stride = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        own_scale, self.shift, self.std = _scaling(config, self.channels, path)
         if (channels or self.channels, stride or self.stride) != (self.channels, self.stride):
             raise MezzotintError(
                 f"the autoencoder {path} has {self.channels} latent channels and a stride of {self.stride}, the recipe "
@@ -58,8 +63,7 @@ class KLAutoencoder:
             self.network.enable_slicing()
         if tiling:
             self.network.enable_tiling()
-        self.scale: float = config.scaling_factor if scale is None else scale
-        self.shift: float = config.get("shift_factor") or 0.0
+        self.scale = own_scale if scale is None else scale
 
     @property
     def device(self) -> torch.device:
@@ -96,23 +100,82 @@ class KLAutoencoder:
 
         With eps ~ N(0, 1) of the latents' shape a draw from the posterior, without it the posterior's mean.
         """
-        return scaled_latents(*self.posterior(images), eps, scale=self.scale, shift=self.shift)
+        return scaled_latents(*self.posterior(images), eps, scale=self.scale, shift=self.shift, std=self.std)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Scaled latents to images (B, 3, H, W), clamped to [-1, 1]."""
-        z = (x / self.scale + self.shift).to(PRECISIONS[self.precision])
-        images: Tensor = self.network.decode(z).sample
+        z = x / self.scale if self.std is None else x / self.scale * _each_channel(self.std, x)
+        z = z + _each_channel(self.shift, x)
+        images: Tensor = self.network.decode(z.to(PRECISIONS[self.precision])).sample
         return images.float().clamp(-1, 1)
 
 
-def scaled_latents(mean: Tensor, log_variance: Tensor, eps: Tensor | None, *, scale: float, shift: float) -> Tensor:
-    """x = scale · (z − shift) with z = mean + exp(½ log_variance) · eps; without eps z is the mean. Any shape.
+def scaled_latents(
+    mean: Tensor,
+    log_variance: Tensor,
+    eps: Tensor | None,
+    *,
+    scale: float,
+    shift: float | Sequence[float],
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """x = scale · (z − shift) / std with z = mean + exp(½ log_variance) · eps; without eps z is the mean. (B, C, h, w).
 
-    The scale is latent diffusion's (Rombach et al., 2022, section 4.3.2), the shift Stable Diffusion 3's.
+    The scale is latent diffusion's (Rombach et al., 2022, section 4.3.2), one shift Stable Diffusion 3's; shift and std
+    for each of C channels are Playground 2.5's.
     """
     z = mean if eps is None else mean + torch.exp(0.5 * log_variance) * eps
-    return scale * (z - shift)
+    x = scale * (z - _each_channel(shift, z))
+    return x if std is None else x / _each_channel(std, z)
+
+
+def _each_channel(values: float | Sequence[float], like: Tensor) -> float | Tensor:
+    """A number, or one for each channel of `like` (B, C, h, w) as (C, 1, 1)."""
+    return values if isinstance(values, int | float) else like.new_tensor(values).view(-1, 1, 1)
+
+
+def check_class(config: Mapping[str, Any], source: str | Path) -> None:
+    """Raise `MezzotintError` unless a config of diffusers is an AutoencoderKL's."""
+    if (name := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise MezzotintError(
+            f"{source} is a diffusers {name}, expected an AutoencoderKL; representation 'kl' reads no other autoencoder"
+        )
+
+
+def _scaling(
+    config: Mapping[str, Any], channels: int, source: str
+) -> tuple[float, float | tuple[float, ...], tuple[float, ...] | None]:
+    """Scale, shift and std of `scaled_latents` by a config. Raises `MezzotintError` for what means nothing."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def refuse(key: str, expected: str) -> MezzotintError:
+        return MezzotintError(
+            f"the config of the autoencoder {source} says {key} {config[key]!r}, expected {expected}; download it again"
+        )
+
+    if not number(scale := config["scaling_factor"]) or not scale:
+        raise refuse("scaling_factor", "a number other than 0")
+    if not number(shift := config.get("shift_factor") or 0.0):
+        raise refuse("shift_factor", "a number")
+    each = {key: value for key in ("latents_mean", "latents_std") if (value := config.get(key)) is not None}
+    if not each:
+        return float(scale), float(shift), None
+    if len(each) == 1 or shift:
+        given = [*each, *(["shift_factor"] if shift else [])]
+        raise MezzotintError(
+            f"the config of the autoencoder {source} says {' and '.join(given)}; expected both of latents_mean and "
+            "latents_std, or a shift_factor alone"
+        )
+    for key, values in each.items():
+        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(number, values)):
+            raise refuse(key, f"{channels} numbers, one for each channel")
+    if min(each["latents_std"]) <= 0:
+        raise refuse("latents_std", "numbers above 0")
+    mean, std = (tuple(map(float, values)) for values in each.values())
+    return float(scale), mean, std
 
 
 def _load(path: str) -> Any:
@@ -124,15 +187,24 @@ def _load(path: str) -> Any:
             "representation 'kl' needs the package diffusers; install it with: pip install 'mezzotint[latent]'"
         ) from None
     source, options = path, {}
+    file: Path | None = None
     if (folder := Path(path).expanduser()).is_dir():
         if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             folder /= "vae"
-        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-        source, options = str(folder), {"use_safetensors": any((folder / name).is_file() for name in names)}
+        if (folder / "config.json").is_file():
+            check_class(read_json(folder / "config.json"), folder)
+        file = weights_file(folder)
+        source, options = str(folder), _weights_options(folder, file)
     try:
         with _quiet_diffusers():
+            if file is not None and file.suffix == ".safetensors":
+                _refuse_quantised(file)
+            if not options:
+                check_class(AutoencoderKL.load_config(source), source)
             network, info = AutoencoderKL.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except MezzotintError:
+        raise
+    except Exception as error:  # what a missing or damaged file, or a config of any content, leads to
         where = "folder" if Path(source).exists() else "folder or hub model"
         raise MezzotintError(
             f"no autoencoder could be read from the {where} {source!r} ({type(error).__name__}); download "
@@ -145,6 +217,25 @@ def _load(path: str) -> Any:
             "download it again"
         )
     return network
+
+
+def _weights_options(folder: Path, file: Path | None) -> dict[str, Any]:
+    """How diffusers is told which weights a folder has."""
+    if file is None:
+        return {"use_safetensors": (folder / f"{WEIGHTS}.safetensors.index.json").is_file()}
+    variant = file.stem.removeprefix(WEIGHTS).removeprefix(".")
+    return {"use_safetensors": file.suffix == ".safetensors", "variant": variant or None}
+
+
+def _refuse_quantised(file: Path) -> None:
+    """Raise `MezzotintError` where weights are no floating point of 16 bits or more, which diffusers would cast."""
+    with safe_open(str(file), framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if (dtype := tensors.get_slice(name).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+                raise MezzotintError(
+                    f"{name} in {file} has dtype {dtype}, expected floating point of 16 bits or more; quantised "
+                    "weights are not supported"
+                )
 
 
 @contextmanager

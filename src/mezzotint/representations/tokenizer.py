@@ -162,7 +162,7 @@ class Tokenizer(nn.Module, ABC):
     """
 
     # Its posterior is of x itself: for a cache of latents there is nothing left to scale.
-    scale, shift, precision, tiling = 1.0, 0.0, "fp32", False
+    scale, shift, std, precision, tiling = 1.0, 0.0, None, "fp32", False
     latent_mean: Tensor
     latent_scale: Tensor
 
