@@ -42,8 +42,8 @@ class KLAutoencoder:
 
         scale: factor on the latents; None takes the autoencoder's own (0.18215 for Stable Diffusion's). What else its
         config says of latents, shift_factor or latents_mean and latents_std, is applied, too (`scaled_latents`).
-        stride, channels: what the autoencoder must have. precision: "fp32" or "bf16", of weights and activations. slicing: one
-        image at a time; tiling: one tile of an image at a time, which changes large images a little.
+        stride, channels: what the autoencoder must have. precision: "fp32" or "bf16", of weights and activations.
+        slicing: one image at a time; tiling: one tile of an image at a time, which changes large images a little.
         Raises `MezzotintError` where diffusers or the files are missing, or the autoencoder is another than wanted.
         """
         self.precision, self.tiling = precision, tiling
