@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tarfile
+import time
 import unicodedata
 from collections import Counter
 from itertools import islice
@@ -18,6 +19,7 @@ from PIL import Image
 
 from mezzotint.data import Batch, BatchOrder, ImageStream, InMemoryImages, captions_of, check_captions, digits, load
 from mezzotint.data import iterate_batches as iterate
+from mezzotint.data import tar_shards
 from mezzotint.data.base import DecodedImages
 from mezzotint.data.tar_shards import TarStream, expand_braces
 from mezzotint.errors import MezzotintError
@@ -409,6 +411,16 @@ def test_braces_are_those_of_shells() -> None:
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
+@pytest.mark.parametrize("pattern", ["{0..99999999}.tar", "{0..999}{0..9999}.tar", "{a,b}" * 40, "x{0..%s}" % ("9" * 18)])
+def test_braces_of_too_many_shards(tmp_path: Path, pattern: str) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(MezzotintError, match="names more than 1,000,000 tar shards; mend the numbers in braces"):
+        load("webdataset", path=tmp_path / pattern, size=8)
+    assert time.perf_counter() - begun < 1
+    assert expand_braces("{0..%s}" % ("9" * 5000)) == ["{0..%s}" % ("9" * 5000)]  # no number
+    assert len(expand_braces("{1..3}" * 3 + "{0..0}" * 2000)) == 27
+
+
 def test_shards_with_json_captions(tmp_path: Path) -> None:
     entries = [{"caption": ["one", "uno"], "title": "t0"}, {"caption": "two", "title": "t1"}]
     examples = [
@@ -502,6 +514,52 @@ def test_shards_that_break_off_are_named(shards: Path, keep: int) -> None:
     stream = load("webdataset", path=shards, size=8)
     with pytest.raises(MezzotintError, match=r"001.tar cannot be read .*; expected a whole, uncompressed tar file"):
         take(stream, 0, 12)
+
+
+def tar_header(name: str, kind: bytes, size: bytes) -> bytes:
+    """A header with a size that `tarfile` would not write."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def base256(size: int) -> bytes:
+    return bytes([0x80 if size >= 0 else 0xFF]) + (size % 256**11).to_bytes(11, "big")
+
+
+@pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L"])  # a file; the names or attributes of the next one
+@pytest.mark.parametrize("size", [2**33, 10**11, 2**62, 2**80, -1, -512, -513, -1024])
+def test_shards_with_absurd_sizes(tmp_path: Path, kind: bytes, size: int) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_header("a.png", kind, base256(size)) + bytes(1024))
+    begun = time.perf_counter()
+    with pytest.raises(MezzotintError, match=r"0.tar cannot be read \(.+\); expected a whole, uncompressed tar file"):
+        load("webdataset", path=tmp_path, size=8)
+    assert time.perf_counter() - begun < 1
+
+
+def test_shards_with_headers_about_headers(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_header("a", b"x", b"%011o\0" % 0) * 3000 + bytes(1024))
+    with pytest.raises(MezzotintError, match=r"0.tar cannot be read \(.*recursion"):
+        load("webdataset", path=tmp_path, size=8)
+
+
+def test_a_long_file_in_a_shard_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [captioned_example(i) for i in range(3)]
+    examples[1]["txt"] = b"x" * 5000
+    write_shard(tmp_path / "0.tar", examples)
+    monkeypatch.setattr(tar_shards, "MAX_TEXT", 4999)
+    stream = load("webdataset", path=tmp_path, size=8, shuffle_buffer=1)
+    assert stream.decode(take(stream, 0, 3), 1).captions == ("picture 2",)
+    for label in (b"1000000000", b"-1", b"9" * 4999):
+        write_shard(tmp_path / "cls" / "0.tar", [{"png": png(0), "cls": label}])
+        (tmp_path / "cls" / "classnames.txt").write_text("one\n")
+        stream = load("webdataset", path=tmp_path / "cls", size=8)
+        with pytest.raises(MezzotintError, match=r"expected 0 to 0; mend|not one image could be read"):
+            stream.decode(take(stream, 0, 1), 0)
 
 
 # ---------------------------------------------------------------------------------------- Hugging Face

@@ -7,6 +7,7 @@ import logging
 import os
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import islice
@@ -107,6 +108,10 @@ def write_idx(path: Path, array: np.ndarray, header: bytes | None = None, cut: i
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
+def idx_header(*shape: int) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
+
+
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
@@ -144,6 +149,8 @@ def test_idx_pads_with_background(idx_folder: Path) -> None:
         (lambda f: f.write_bytes(f.read_bytes()[:500]), "cannot be read .*; fetch it again"),
         (lambda f: f.write_bytes(b"hello"), "cannot be read .*; fetch it again"),
         (lambda f: write_idx(f, np.zeros((0, 28, 28))), "is empty"),
+        (lambda f: write_idx(f, np.zeros((10, 0, 28))), "is empty"),
+        (lambda f: write_idx(f, np.zeros((13, 28, 28)), idx_header(12, 28, 28)), "more than 9425 bytes, but .* says 9424"),
         (lambda f: write_idx(f, np.zeros((11, 28, 28))), "11 train images but 12 labels"),
         (lambda f: f.unlink(), "set data.path .* or install Debian's package dataset-fashion-mnist"),
     ],
@@ -152,6 +159,33 @@ def test_idx_explains_bad_files(idx_folder: Path, damage: Callable[[Path], None]
     damage(idx_folder / "train-images-idx3-ubyte.gz")
     with pytest.raises(MezzotintError, match=sentence):
         idx(idx_folder)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("shape", [(10**9, 1000, 1), (2**32 - 1,) * 3, (2**20, 1, 65)])
+def test_idx_headers_that_promise_too_much(tmp_path: Path, suffix: str, shape: tuple[int, ...]) -> None:
+    """Up to 10^28 images are refused by the header: no memory is taken for them."""
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    write_idx(path, np.zeros(1000), idx_header(*shape))
+    tracemalloc.start()
+    sentence = r"the header .* says [\d,]+; expected at most 8,589,934,592, as" if suffix else "but its header says"
+    with pytest.raises(MezzotintError, match=sentence):
+        idx(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_idx_bombs_of_gzip(tmp_path: Path) -> None:
+    """68 MB of zeros in 66 kB, which is what they say they are."""
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((2**20, 1, 65), np.uint8))
+    assert (tmp_path / "train-images-idx3-ubyte.gz").stat().st_size < 70_000
+    with pytest.raises(MezzotintError, match=r"says 68,157,440; .* of a file made by gzip 200 times its size"):
+        idx(tmp_path)
+    with open(tmp_path / "train-images-idx3-ubyte", "wb") as file:  # and a terabyte with a hole, which is found first
+        file.write(idx_header(10**9, 1000, 1))
+        file.truncate(16 + 10**12)
+    with pytest.raises(MezzotintError, match=r"has 1,000,000,000,016 bytes, says 1,000,000,000,000; expected at most"):
+        idx(tmp_path)
 
 
 def test_idx_explains_bad_options(idx_folder: Path) -> None:

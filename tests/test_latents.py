@@ -674,6 +674,64 @@ def test_a_damaged_cache_is_not_trained_on(
     assert not (tmp_path / "run").exists()
 
 
+def write_header(shard: Path, change: Callable[[dict], object]) -> None:
+    """Change the header of a safetensors file, and leave the tensors where they are."""
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def write_labels(shard: Path, label: int) -> None:
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    start = 8 + length + json.loads(content[8 : 8 + length])["labels"]["data_offsets"][0]
+    shard.write_bytes(content[:start] + label.to_bytes(8, "little", signed=True) + content[start + 8 :])
+
+
+def write_info(cache: Path, **values: object) -> None:
+    info = json.loads((cache / "latents.json").read_text())
+    info["splits"]["train"]["examples"] = values.pop("examples", info["splits"]["train"]["examples"])
+    (cache / "latents.json").write_text(json.dumps(info | values), encoding="utf-8-sig")
+
+
+def sparse(shard: Path) -> None:
+    """A terabyte with a hole, half of it the header."""
+    with open(shard, "wb") as file:
+        file.write((2**39).to_bytes(8, "little"))
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda c, _: write_info(c, examples=10**12, shard_size=1), "train has 3 of 1000000000000 files; run the same"),
+        (lambda c, _: write_info(c, examples=10**400), "train has 3 of 2500.* files; run the same"),
+        (lambda c, _: (c / "latents.json").write_text("[" * 100_000), "cannot be read .it is nested too deeply"),
+        (lambda _, f: f.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5), "damaged: it is nested too deeply"),
+        (lambda _, f: sparse(f), "damaged: its header is cut off; run the same"),
+        (lambda _, f: write_header(f, lambda h: h["moments"].update(data_offsets=[0, 4])), "puts moments at 0 to 4"),
+        (lambda _, f: write_header(f, lambda h: h["labels"].update(data_offsets=[-32, 0])), "puts labels at -32 to 0"),
+        (lambda _, f: write_header(f, lambda h: h["moments"].update(data_offsets=[0.0, 4])), "damaged: 'float' object"),
+        (lambda _, f: write_header(f, lambda h: h["labels"].update(shape=[10**12])), "is not one of the files that"),
+        (lambda _, f: write_labels(f, 10**9), "damaged: it has labels from 0 to 1000000000 of 2 classes; run the same"),
+        (lambda _, f: write_labels(f, -2), "damaged: it has labels from -2 to 0 of 2 classes; run the same"),
+    ],
+)
+def test_a_cache_that_lies_is_refused_at_once(
+    cache: Path, damage: Callable[[Path, Path], object], sentence: str
+) -> None:
+    write_info(cache)  # a byte-order mark is no damage
+    assert len(cached_latents(cache)) == COUNT
+    damage(cache, sorted((cache / "train").iterdir())[0])
+    begun = time.perf_counter()
+    with pytest.raises(MezzotintError, match=sentence):
+        cached_latents(cache)
+    assert time.perf_counter() - begun < 1
+
+
 def test_a_file_that_shrinks_during_training(cache: Path) -> None:
     dataset = cached_latents(cache)
     shard = dataset.shards[1]

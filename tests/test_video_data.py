@@ -103,6 +103,7 @@ def test_moving_digits_depend_on_the_index_alone() -> None:
         ({"size": 17}, "even number of pixels from 16, not 17"),
         ({"frames": 0}, "data.frames is 0; expected at least 1"),
         ({"examples": 0}, "data.examples is 0"),
+        ({"examples": 10**12}, "place digits 16,000,000,000,000 times; expected at most 33,554,432"),
         ({"objects": 0}, "data.objects is 0"),
         ({"split": "all"}, "split 'all' is unknown"),
         ({"channels": 2}, "channels, not 2"),

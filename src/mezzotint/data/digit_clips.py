@@ -18,6 +18,8 @@ from mezzotint.errors import MezzotintError
 
 SPEED = (1 / 32, 1 / 16)  # least and greatest, in sides of the frame per frame; Moving MNIST: 1 / 18
 
+MAX_PLACES = 2**25  # of digits in frames: 0.5 GiB
+
 
 @dataclass(frozen=True, eq=False)
 class MovingDigits:
@@ -70,7 +72,7 @@ def moving_digits(
     Each starts anywhere, moves at a speed of 1/32 to 1/16 of the frame per frame in any direction, and bounces; its
     place is rounded to half pixels, for it is drawn twice as large and shrunk by the mean of four pixels. Clip i shows
     class i mod 10 and is the same for any number of `examples`. `split` is "train" or "test", made of different digits:
-    those of `digits`. Raises `MezzotintError` for a size that is odd or less than 16, and for other numbers below 1.
+    those of `digits`. Raises `MezzotintError` for a size that is odd or less than 16, for other numbers below 1, and for too many clips.
     """
     check_split(split)
     check_channels(channels)
@@ -81,6 +83,11 @@ def moving_digits(
     for key, value in (("frames", frames), ("objects", objects), ("examples", examples)):
         if value < 1:
             raise MezzotintError(f"data.{key} is {value}; expected at least 1")
+    if (placed := frames * objects * examples) > MAX_PLACES:
+        raise MezzotintError(
+            f"{examples} clips of {frames} frames place digits {placed:,} times; expected at most {MAX_PLACES:,}, which "
+            "are held in memory, so lower data.examples"
+        )
     source = digits(split, size)
     assert source.labels is not None
     by_class = [torch.nonzero(source.labels == label).flatten() for label in range(10)]

@@ -25,6 +25,9 @@ FASHION_CLASSES = (
 )  # fmt: skip
 
 PREFIXES = {"train": "train", "test": "t10k"}
+MAX_BYTES = 2**33  # 8 GiB of images, held in memory; EMNIST has 0.6
+MAX_RATIO = 200  # that gzip shrinks more than `ANY_RATIO` bytes by: images to about a tenth, bombs to a thousandth
+ANY_RATIO = 2**26
 UNSIGNED_BYTE = 8  # IDX's code for the type of the elements
 
 
@@ -68,24 +71,43 @@ def idx(
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array in the IDX file `path`. Raises `MezzotintError` unless it is whole and has so many dimensions."""
+    """The uint8 array in the IDX file `path`. Raises `MezzotintError` unless it is whole and has so many dimensions.
+
+    And for more bytes than `MAX_BYTES`, or than gzip makes so small, before they are read.
+    """
+    header = 4 + 4 * dimensions
     try:
-        data = bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+        compressed, there = path.suffix == ".gz", path.stat().st_size
+        with gzip.open(path) if compressed else open(path, "rb") as file:
+            start = file.read(header)
+            if start[:4] != bytes((0, 0, UNSIGNED_BYTE, dimensions)) or len(start) < header:
+                raise MezzotintError(
+                    f"{path} is not an IDX file of unsigned bytes in {dimensions} dimensions: it begins with "
+                    f"{start[:4].hex()}, expected 000008{dimensions:02x}; check data.path"
+                )
+            shape = struct.unpack(f">{dimensions}I", start[4:])
+            length = math.prod(shape)
+            if length == 0:
+                raise MezzotintError(f"IDX file {path} is empty; expected at least one element")
+            if not compressed and there != header + length:
+                raise MezzotintError(
+                    f"IDX file {path} has {there} bytes, but its header says {header + length}; fetch it again"
+                )
+            if length > MAX_BYTES or (compressed and length > max(ANY_RATIO, MAX_RATIO * there)):
+                raise MezzotintError(
+                    f"the header of IDX file {path}, which has {there:,} bytes, says {length:,}; expected at most "
+                    f"{MAX_BYTES:,}, as they are held in memory, and of a file made by gzip {MAX_RATIO} times its size"
+                )
+            data = bytearray(length)
+            found = header + file.readinto(data) + len(file.read(1))
     except (OSError, EOFError, zlib.error) as error:
         raise MezzotintError(f"IDX file {path} cannot be read ({error}); fetch it again") from error
-    header = 4 + 4 * dimensions
-    if bytes(data[:4]) != bytes((0, 0, UNSIGNED_BYTE, dimensions)) or len(data) < header:
+    if found != header + length:
+        more = "more than" if found > header + length else "only"
         raise MezzotintError(
-            f"{path} is not an IDX file of unsigned bytes in {dimensions} dimensions: it begins with "
-            f"{bytes(data[:4]).hex()}, expected 000008{dimensions:02x}; check data.path"
+            f"IDX file {path} has {more} {found} bytes, but its header says {header + length}; fetch it again"
         )
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    length = header + math.prod(shape)
-    if len(data) != length:
-        raise MezzotintError(f"IDX file {path} has {len(data)} bytes, but its header says {length}; fetch it again")
-    if shape[0] == 0:
-        raise MezzotintError(f"IDX file {path} is empty; expected at least one element")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from mezzotint.data.base import ImageDataset, ImageStream
 from mezzotint.data.loader import dataset_batches
 from mezzotint.data.splits import NoSuchSplit, check_split
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, save_tensors, write_text
+from mezzotint.files import atomic_path, parse_json, save_tensors, write_text
 from mezzotint.progress import console, progress_bar
 from mezzotint.representations import KLAutoencoder, Tokenizer, scaled_latents
 from mezzotint.settings import Settings
@@ -41,7 +42,9 @@ logger = logging.getLogger("mezzotint")
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 SPLITS = ("train", "test")
+MAX_HEADER = 2**20  # bytes of a shard's header, which names three tensors
 SHARD_SIZE = 1024  # examples: all that a kill can lose, and 64 MiB of float32 at 256 × 256 pixels
 
 
@@ -100,7 +103,7 @@ class CacheInfo(Settings):
         return (2 * channels if self.stochastic else channels), height, width
 
     def num_shards(self, split: str) -> int:
-        return math.ceil(self.splits[split].examples / self.shard_size)
+        return -(-self.splits[split].examples // self.shard_size)
 
     def rows(self, split: str, shard: int) -> range:
         """The examples in shard number `shard`."""
@@ -331,13 +334,14 @@ class Shard:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                if length > size:
+                if length > min(size, MAX_HEADER):
                     raise ValueError("its header is cut off")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
                 fingerprint = header.pop("__metadata__", {}).get("cache")
                 found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
                 begin = 8 + length
-                end = begin + max(entry["data_offsets"][1] for entry in header.values())
+                places = {name: tuple(map(index, entry["data_offsets"])) for name, entry in header.items()}
+                end = begin + max(stop for _, stop in places.values())
                 if size != end:
                     raise ValueError(f"it has {size} bytes, but its header says {end}")
                 if fingerprint != info.fingerprint(split) or found != expected:
@@ -345,11 +349,17 @@ class Shard:
                         f"{path} is not one of the files that {path.parent.parent / 'latents.json'} describes; "
                         "remove the folder and encode again"
                     )
-                file.seek(begin + header["labels"]["data_offsets"][0])
+                for name, (dtype, shape) in expected.items():
+                    start, stop = places[name]
+                    if start < 0 or stop - start != ITEM_SIZES[dtype] * math.prod(shape):
+                        raise ValueError(f"its header puts {name} at {start} to {stop}")
+                file.seek(begin + places["labels"][0])
                 labels = torch.frombuffer(bytearray(file.read(8 * count)), dtype=torch.int64)
+            if not -1 <= int(labels.min()) <= int(labels.max()) < max(1, len(info.class_names)):
+                raise ValueError(f"it has labels from {labels.min()} to {labels.max()} of {len(info.class_names)} classes")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"{path} is damaged: {error}") from None
-        offsets = {name: begin + header[name]["data_offsets"][0] for name in ("moments", "moments_flipped")}
+        offsets = {name: begin + places[name][0] for name in ("moments", "moments_flipped")}
         return cls(path, offsets, labels)
 
 
@@ -462,7 +472,9 @@ def cached_latents(
     if split not in info.splits:
         raise NoSuchSplit(f"{folder} has no {split} split, only {', '.join(info.splits)}; encode it, too")
     count = info.num_shards(split)
-    there = sum((folder / info.file(split, k)).is_file() for k in range(count))
+    found = {path.name for path in (folder / split).glob("*.safetensors")}
+    # No more of the files that there should be are looked at than there are, whatever their number may be.
+    there = len(found) if len(found) < count else sum(Path(info.file(split, k)).name in found for k in range(count))
     if there < count:
         raise MezzotintError(
             f"{folder / split} has {there} of {count} files; run the same 'mezzotint encode' again, which makes only "
@@ -479,7 +491,7 @@ def read_info(folder: Path) -> CacheInfo:
     """latents.json of a folder. Raises `MezzotintError` where there is none, or not one of ours."""
     file = folder / "latents.json"
     try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
+        values: Any = parse_json(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         raise MezzotintError(
             f"{folder} is not a folder of latents: it has no latents.json; make one with 'mezzotint encode'"

@@ -187,6 +187,8 @@ def shard_examples(shard: Path) -> Iterator[TarExample]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                if member.size < 0 or member.sparse is not None:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes or is stored with holes")
                 end = member.offset_data - (-member.size // 512) * 512
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
@@ -201,9 +203,9 @@ def shard_examples(shard: Path) -> Iterator[TarExample]:
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"it breaks off after {end} bytes")
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # `tarfile` meets damaged headers with a dozen unrelated types
         raise MezzotintError(
-            f"tar shard {shard} cannot be read ({error}); expected a whole, uncompressed tar file, so fetch it "
+            f"tar shard {shard} cannot be read ({error or type(error).__name__}); expected a whole, uncompressed tar file, so fetch it "
             "again or remove it"
         ) from error
     if key is not None:
