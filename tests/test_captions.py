@@ -17,9 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mezzotint.data import Batch, BatchOrder, ImageStream, InMemoryImages, captions_of, check_captions, digits, load
+from mezzotint.data import (
+    Batch,
+    BatchOrder,
+    ImageStream,
+    InMemoryImages,
+    captions_of,
+    check_captions,
+    digits,
+    load,
+    tar_shards,
+)
 from mezzotint.data import iterate_batches as iterate
-from mezzotint.data import tar_shards
 from mezzotint.data.base import DecodedImages
 from mezzotint.data.tar_shards import TarStream, expand_braces
 from mezzotint.errors import MezzotintError
@@ -411,7 +420,9 @@ def test_braces_are_those_of_shells() -> None:
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
-@pytest.mark.parametrize("pattern", ["{0..99999999}.tar", "{0..999}{0..9999}.tar", "{a,b}" * 40, "x{0..%s}" % ("9" * 18)])
+@pytest.mark.parametrize(
+    "pattern", ["{0..99999999}.tar", "{0..999}{0..9999}.tar", "{a,b}" * 40, "x{0..%s}" % ("9" * 18)]
+)
 def test_braces_of_too_many_shards(tmp_path: Path, pattern: str) -> None:
     begun = time.perf_counter()
     with pytest.raises(MezzotintError, match="names more than 1,000,000 tar shards; mend the numbers in braces"):

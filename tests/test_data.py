@@ -150,7 +150,10 @@ def test_idx_pads_with_background(idx_folder: Path) -> None:
         (lambda f: f.write_bytes(b"hello"), "cannot be read .*; fetch it again"),
         (lambda f: write_idx(f, np.zeros((0, 28, 28))), "is empty"),
         (lambda f: write_idx(f, np.zeros((10, 0, 28))), "is empty"),
-        (lambda f: write_idx(f, np.zeros((13, 28, 28)), idx_header(12, 28, 28)), "more than 9425 bytes, but .* says 9424"),
+        (
+            lambda f: write_idx(f, np.zeros((13, 28, 28)), idx_header(12, 28, 28)),
+            "more than 9425 bytes, but .* says 9424",
+        ),
         (lambda f: write_idx(f, np.zeros((11, 28, 28))), "11 train images but 12 labels"),
         (lambda f: f.unlink(), "set data.path .* or install Debian's package dataset-fashion-mnist"),
     ],

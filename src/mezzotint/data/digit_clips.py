@@ -72,7 +72,8 @@ def moving_digits(
     Each starts anywhere, moves at a speed of 1/32 to 1/16 of the frame per frame in any direction, and bounces; its
     place is rounded to half pixels, for it is drawn twice as large and shrunk by the mean of four pixels. Clip i shows
     class i mod 10 and is the same for any number of `examples`. `split` is "train" or "test", made of different digits:
-    those of `digits`. Raises `MezzotintError` for a size that is odd or less than 16, for other numbers below 1, and for too many clips.
+    those of `digits`. Raises `MezzotintError` for a size that is odd or less than 16, for other numbers below 1, and
+    for too many clips.
     """
     check_split(split)
     check_channels(channels)
@@ -85,8 +86,8 @@ def moving_digits(
             raise MezzotintError(f"data.{key} is {value}; expected at least 1")
     if (placed := frames * objects * examples) > MAX_PLACES:
         raise MezzotintError(
-            f"{examples} clips of {frames} frames place digits {placed:,} times; expected at most {MAX_PLACES:,}, which "
-            "are held in memory, so lower data.examples"
+            f"{examples} clips of {frames} frames place digits {placed:,} times; expected at most {MAX_PLACES:,}, "
+            "which are held in memory, so lower data.examples"
         )
     source = digits(split, size)
     assert source.labels is not None

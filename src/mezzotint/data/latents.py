@@ -356,7 +356,9 @@ class Shard:
                 file.seek(begin + places["labels"][0])
                 labels = torch.frombuffer(bytearray(file.read(8 * count)), dtype=torch.int64)
             if not -1 <= int(labels.min()) <= int(labels.max()) < max(1, len(info.class_names)):
-                raise ValueError(f"it has labels from {labels.min()} to {labels.max()} of {len(info.class_names)} classes")
+                raise ValueError(
+                    f"it has labels from {labels.min()} to {labels.max()} of {len(info.class_names)} classes"
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"{path} is damaged: {error}") from None
         offsets = {name: begin + places[name][0] for name in ("moments", "moments_flipped")}

@@ -204,8 +204,9 @@ def shard_examples(shard: Path) -> Iterator[TarExample]:
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"it breaks off after {end} bytes")
     except Exception as error:  # `tarfile` meets damaged headers with a dozen unrelated types
+        reason = str(error) or type(error).__name__  # `MemoryError` says nothing
         raise MezzotintError(
-            f"tar shard {shard} cannot be read ({error or type(error).__name__}); expected a whole, uncompressed tar file, so fetch it "
+            f"tar shard {shard} cannot be read ({reason}); expected a whole, uncompressed tar file, so fetch it "
             "again or remove it"
         ) from error
     if key is not None:
