@@ -12,7 +12,7 @@ import typer
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, shortened
 from mezzotint.progress import console, print_anything, results
 
 app = typer.Typer(
@@ -1022,6 +1022,8 @@ def main() -> None:
         app(prog_name="mezzotint")
     except MezzotintError as error:
         _fail(str(error))
+    except UnicodeEncodeError as error:
+        _fail(f"{shortened(error.object)} is not in UTF-8, as a library that is used here needs it; rename it.")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-#: progress and messages go to standard error, results to standard output; paths and names are anybody's, so that brackets
-#: and colons in them are neither markup nor emoji
+#: progress and messages go to standard error, results to standard output; what is printed has anybody's paths and names
+#: in it, so brackets and colons are neither markup nor emoji
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 results = Console(highlight=False, markup=False, emoji=False)
 

@@ -15,28 +15,25 @@ NUMBER = re.compile("-?[0-9]+")
 
 
 class _Names:
-    """The classes that a name may mean: those of that name, else in any case, else of which it is one of the names.
+    """The classes that a name may mean, in any case: those of that name, else those of which it is one of the names.
 
     ImageNet's are of the form "tench, Tinca tinca". How letters are composed (é as one or two) makes no difference.
     """
 
     def __init__(self, class_names: Sequence[str], null: Sequence[int] = ()) -> None:
-        self.tables: tuple[dict[str, list[int]], ...] = ({}, {}, {})
-        for number, name in [*((number, "null") for number in null), *enumerate(class_names)]:
-            spelt = _spelt(name)
-            keys = [spelt], [spelt.casefold()], dict.fromkeys(spelt.casefold().split(", "))
-            for table, words in zip(self.tables, keys, strict=True):
-                for word in words:
-                    table.setdefault(word, []).append(number)
+        self.names: dict[str, list[int]] = {"null": list(null)} if null else {}
+        self.parts: dict[str, list[int]] = {}
+        for number, name in enumerate(map(_spelt, class_names)):
+            self.names.setdefault(name, []).append(number)
+            for part in dict.fromkeys(name.split(", ")):
+                self.parts.setdefault(part, []).append(number)
 
     def find(self, text: str) -> list[int]:
-        spelt = _spelt(text)
-        words = spelt, spelt.casefold(), spelt.casefold()
-        return next((table[word] for table, word in zip(self.tables, words, strict=True) if word in table), [])
+        return self.names.get(_spelt(text)) or self.parts.get(_spelt(text)) or []
 
 
 def _spelt(name: str) -> str:
-    return ", ".join(part.strip() for part in unicodedata.normalize("NFC", name).split(","))
+    return ", ".join(part.strip() for part in unicodedata.normalize("NFC", name.casefold()).split(","))
 
 
 def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
@@ -55,14 +52,16 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
 def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
     """Class numbers for numbers or names (any case); `num_classes` itself, or the name "null", is the null class.
 
-    Of a class called "tench, Tinca tinca" each part is a name, too. Where all classes are named by numbers, numbers are
-    names. Raises `MezzotintError` for a name or number that the model does not know, or a name that several classes
-    have.
+    Of a class called "tench, Tinca tinca" each part is a name, too. Where all classes are named by numbers that are not
+    their own, as folders 1 to 10 are, numbers are names. Raises `MezzotintError` for a name or number that the model
+    does not know, or a name that several classes have.
     """
     if not num_classes:
         raise MezzotintError("classes were given, but this model is unconditional; leave them out")
     names = _Names(class_names, [num_classes])
-    numbered = bool(class_names) and all(NUMBER.fullmatch(name) for name in class_names)
+    numbered = all(map(NUMBER.fullmatch, class_names)) and list(class_names) != [
+        str(i) for i in range(len(class_names))
+    ]
     parsed = []
     for item in classes:
         text = str(item).strip()

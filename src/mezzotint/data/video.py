@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ def _read_gif(path: str, frames: int, stride: int | None) -> list[Image.Image]:
 
 def _read_video(path: str, frames: int, stride: int | None) -> list[Image.Image]:
     av = pyav("videos other than GIFs")
+    path = os.path.abspath(path)  # what stands before a colon is a protocol to FFmpeg
     with av.open(path) as container:  # packets are counted without decoding them; a frame is one, if rarely none
         count = sum(packet.size > 0 for packet in container.demux(video=0))
     while True:
