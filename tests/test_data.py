@@ -394,6 +394,7 @@ def test_unreadable_images_are_reported_and_replaced(pictures: Path, caplog: pyt
     broken = damage(pictures)
     dataset = image_folder(pictures, 8, max_unreadable=3)
     names = [dataset.pictures.name(i) for i in range(len(dataset))]
+    caplog.clear()  # of the line on what was left aside
     with caplog.at_level(logging.WARNING, "mezzotint"):
         for _ in range(2):
             items = [dataset[i] for i in range(len(dataset))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -273,6 +274,74 @@ def test_videos_explain_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 # ---------------------------------------------------------------------------------------- pictures out
+
+
+# What a player does with a frame whose upper quarter is white, by the matrix a, b, c, d: where the white is then.
+MATRICES = {
+    (1, 0, 0, 1): "top",
+    (0, 1, -1, 0): "right",  # turned clockwise
+    (-1, 0, 0, -1): "bottom",
+    (0, -1, 1, 0): "left",
+    (1, 0, 0, -1): "bottom",  # mirrored
+    (-1, 0, 0, 1): "top",
+    (0, 1, 1, 0): "left",
+    (0, -1, -1, 0): "right",
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_videos_are_turned_by_their_display_matrix(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    pytest.importorskip("av")
+    clip = torch.full((2, 3, 32, 32), -1.0)
+    clip[:, :, :8] = 1
+    save_video(clip, tmp_path / "clip.mp4")
+    content = (tmp_path / "clip.mp4").read_bytes()
+    one = 1 << 16
+    place = content.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30), content.index(b"tkhd"))
+    a, b, c, d = (one * number for number in matrix)
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "clip.mp4").write_bytes(content[:place] + turned + content[place + 36 :])
+    frame = load("video", path=tmp_path, size=32, channels=1, frames=2, labels=False)[0][0][1, 0].float()
+    edges = {"top": frame[:6], "bottom": frame[-6:], "left": frame[:, :6], "right": frame[:, -6:]}
+    assert max(edges, key=lambda name: edges[name].mean()) == MATRICES[matrix]
+    assert edges[MATRICES[matrix]].mean() > 240
+
+
+def test_transparent_videos_are_composed_on_the_background(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    frames = np.zeros((2, 16, 16, 4), np.uint8)
+    frames[:, :8] = (255, 0, 0, 255)  # the rest is clear
+    with av.open(str(tmp_path / "0.mov"), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgba"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode())
+    first = Image.new("P", (16, 16), 1)
+    first.putpalette([255, 0, 0, 9, 9, 9])
+    first.paste(0, (0, 0, 16, 8))
+    first.save(tmp_path / "1.gif", save_all=True, append_images=[first.copy()], transparency=1, disposal=2)
+    options = {"size": 16, "frames": 2, "labels": False}
+    for background, right in (("white", [255, 255, 255]), ("#102030", [16, 32, 48])):
+        clips = load("video", path=tmp_path, background=background, **options)
+        for clip in (clips[0][0], clips[1][0]):
+            assert clip[0, :, 0, 0].tolist() == [255, 0, 0]
+            assert clip[0, :, -1, -1].tolist() == right
+    assert clips.identity != load("video", path=tmp_path, **options).identity
+
+
+def test_videos_of_too_many_pixels_are_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("av")
+    save_video(torch.zeros(2, 3, 16, 16), tmp_path / "0.mp4")
+    save_video(torch.zeros(2, 3, 32, 32), tmp_path / "1.mp4")
+    save_video(torch.zeros(2, 3, 32, 32), tmp_path / "2.gif")
+    monkeypatch.setattr("mezzotint.data.pictures.MAX_PIXELS", 300)
+    clips = load("video", path=tmp_path, size=8, frames=2, labels=False)
+    for i in range(3):
+        clips[i]
+    assert caplog.text.count("it has 32 × 32 pixels, more than 300") == 2
 
 
 def test_one_clip_as_a_gif_keeps_its_pixels_and_its_pace(tmp_path: Path) -> None:

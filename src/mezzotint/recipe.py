@@ -19,6 +19,7 @@ from mezzotint.backbones.diffussm import Scan
 from mezzotint.backbones.layers import TIME_FREQUENCIES
 from mezzotint.backbones.nested import LevelConfig
 from mezzotint.backbones.s4d import Discretisation, Initialisation
+from mezzotint.data.pictures import background_rgb
 from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
@@ -46,6 +47,8 @@ class DataSettings(Settings):
     """1 for grey, 3 for RGB; images are converted."""
     labels: bool = True
     """Whether to use class labels; false trains on a flat folder of images."""
+    background: str = "white"
+    """folder, captions, webdataset, huggingface, video: the colour behind transparent pixels, by name or #rrggbb."""
     flip: bool = False
     """Flip training images horizontally at random."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
@@ -80,6 +83,15 @@ class DataSettings(Settings):
         if name not in data.SOURCES:
             raise ValueError(f"data set {name!r} is unknown; {closest(name, data.SOURCES)}")
         return name
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, background: str) -> str:
+        try:
+            background_rgb(background)
+        except MezzotintError as error:
+            raise ValueError(str(error)) from None
+        return background
 
     def load(self, split: str = "train") -> data.ImageDataset | data.ImageStream:
         """The split "train" or "test" of this data set. Raises `MezzotintError` where it cannot be read."""
@@ -683,9 +695,9 @@ class Recipe(Settings):
         """(C, H, W) of what the network gives, variance apart."""
         return self._side_shape(self.backbone.output)
 
-    def to_yaml(self, *, ascii_only: bool = False) -> str:
+    def to_yaml(self) -> str:
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=not ascii_only)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def recipe_names() -> list[str]:

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mezzotint.data.pictures import WHITE
 from mezzotint.data.transforms import picture_to_tensor
 from mezzotint.errors import MezzotintError
-from mezzotint.files import name_bytes
 
 T = TypeVar("T")
 logger = logging.getLogger("mezzotint")
@@ -146,6 +146,7 @@ class DecodedImages:
 
     Unreadable images are counted over all worker processes of a loader, but by each training process for itself; more
     than `max_unreadable` raise `MezzotintError`. `texts`: the captions of each image, where there are any.
+    `background`: red, green and blue behind what is transparent.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class DecodedImages:
         identity: str,
         max_unreadable: int,
         texts: Sequence[str | Sequence[str]] | None = None,
+        background: tuple[int, int, int] = WHITE,
     ) -> None:
         self.pictures = pictures
         self.image_shape = image_shape
@@ -164,6 +166,7 @@ class DecodedImages:
         self.identity = identity
         self.max_unreadable = max_unreadable
         self.texts = texts
+        self.background = background
         self._unreadable = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()  # shared with the workers
 
     def __len__(self) -> int:
@@ -188,7 +191,7 @@ class DecodedImages:
 
     def _decode(self, index: int) -> tuple[Tensor, int]:
         picture, label = self.pictures.read(index)
-        return picture_to_tensor(picture, self.image_shape), label
+        return picture_to_tensor(picture, self.image_shape, self.background), label
 
     def report(self, index: int, error: Exception) -> None:
         """Counts image `index` as unreadable, for the reason `error`. Raises `MezzotintError` for too many."""
@@ -210,12 +213,19 @@ class ShuffledStream(ABC):
     """An `ImageStream` made of epochs. Unreadable images are counted in each epoch."""
 
     def __init__(
-        self, *, image_shape: tuple[int, ...], class_names: tuple[str, ...], identity: str, max_unreadable: int
+        self,
+        *,
+        image_shape: tuple[int, ...],
+        class_names: tuple[str, ...],
+        identity: str,
+        max_unreadable: int,
+        background: tuple[int, int, int] = WHITE,
     ) -> None:
         self.image_shape = image_shape
         self.class_names = class_names
         self.identity = identity
         self.max_unreadable = max_unreadable
+        self.background = background
         self._unreadable: dict[tuple[int, int], str] = {}  # names, by epoch and example number
 
     @property
@@ -304,7 +314,7 @@ def content_identity(
     name: str, split: str, image_shape: tuple[int, ...], class_names: Sequence[str], content: Iterable[bytes]
 ) -> str:
     """``name-CxHxW-split-digest``, safe as a file name; the digest is over `class_names` and `content`."""
-    digest = hashlib.sha256(name_bytes("\0".join(class_names)))
+    digest = hashlib.sha256("\0".join(class_names).encode())
     for part in content:
         digest.update(len(part).to_bytes(8, "little") + part)
     shape = "x".join(map(str, image_shape))

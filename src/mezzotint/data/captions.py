@@ -24,6 +24,7 @@ from mezzotint.data.folder import (
     some,
     split_folder,
 )
+from mezzotint.data.pictures import background_rgb
 from mezzotint.data.splits import held_out
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
@@ -42,6 +43,7 @@ def captioned_folder(
     caption_column: str | None = None,
     test_fraction: float = 0.0,
     max_unreadable: int = 10,
+    background: str = "white",
 ) -> DecodedImages:
     """Images at any depth with a file ``metadata.jsonl``: a line ``{"file_name": ..., "text": ...}`` per image.
 
@@ -54,6 +56,7 @@ def captioned_folder(
     """
     check_channels(channels)
     check_size(size)
+    colour = background_rgb(background)
     folder, root, _ = split_folder(path, split, test_fraction, IMAGES)
     metadata = find_metadata(folder, root)
     if metadata is None:
@@ -64,7 +67,8 @@ def captioned_folder(
     samples = captioned_files(root, metadata, caption_column, IMAGES)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
     shape = (channels, size, size)
-    content = (file_content(file, root) + repr(captions).encode() for file, captions in samples)
+    content = [file_content(file, root) + repr(captions).encode() for file, captions in samples]
+    content.append(repr(colour).encode())
     return DecodedImages(
         PictureFiles([(file, -1) for file, _ in samples]),
         image_shape=shape,
@@ -72,6 +76,7 @@ def captioned_folder(
         identity=content_identity(folder.resolve().name, split, shape, (), content),
         max_unreadable=max_unreadable,
         texts=[captions for _, captions in samples],
+        background=colour,
     )
 
 
@@ -95,8 +100,10 @@ def captioned_files(
     captions = read_metadata(metadata, caption_column, known := set(names))
     inside = "" if root == metadata.parent else root.name + os.sep
     if lost := {name for name in captions if name.startswith(inside)} - known:
+        missing = any(not (metadata.parent / name).exists() for name in lost)
+        problem = "not there" if missing else f"not read (hidden, or of other endings than {kind.likely}, ...)"
         raise MezzotintError(
-            f"{metadata} names {len(lost)} {kind.noun}s that are not there: {some(lost)}; add the files or remove "
+            f"{metadata} names {len(lost)} {kind.noun}s that are {problem}: {some(lost)}; add the files or remove "
             "the lines"
         )
     if bare := [name for name in names if name not in captions]:

@@ -12,14 +12,16 @@ from typing import NamedTuple
 from PIL import Image
 
 from mezzotint.data.base import DecodedImages, content_identity
+from mezzotint.data.listing import LeftAside, subfolders, walk
+from mezzotint.data.pictures import ENDINGS, background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
-from mezzotint.files import name_bytes
 
 logger = logging.getLogger("mezzotint")
 
 UNLABELLED = {"": -1}  # as sub-folder and its label: the folder itself, −1
+METADATA = "metadata."  # how the names of files of captions begin
 
 
 class FileKind(NamedTuple):
@@ -28,8 +30,13 @@ class FileKind(NamedTuple):
     noun: str
     endings: tuple[str, ...]
 
+    @property
+    def likely(self) -> str:
+        """Some of the endings, for an error."""
+        return ", ".join(self.endings[:6])
 
-IMAGES = FileKind("image", (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+
+IMAGES = FileKind("image", ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,7 @@ class PictureFiles:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        with Image.open(path) as picture:
-            picture.load()
-            return picture, label
+        return read_picture(path), label
 
 
 def image_folder(
@@ -59,28 +64,32 @@ def image_folder(
     labels: bool = True,
     test_fraction: float = 0.0,
     max_unreadable: int = 10,
+    background: str = "white",
 ) -> DecodedImages:
     """Images in one sub-folder per class, sorted by name, at any depth; with ``labels=False`` in any arrangement.
 
     When all sub-folders with images are called like splits (see `splits.split_of`), they are that; otherwise
     `test_fraction` of the images is held out (see `held_out`). Images become squares of `size` pixels by
-    `adm_center_crop`. Raises `MezzotintError` for a folder that is missing, empty, without classes or without the
-    split, and, when indexed, for more than `max_unreadable` unreadable images.
+    `adm_center_crop`, on the colour `background` where they are transparent. Raises `MezzotintError` for a folder that
+    is missing, empty, without classes or without the split, a colour that is none, and, when indexed, for more than
+    `max_unreadable` unreadable images.
     """
     check_channels(channels)
     check_size(size)
+    colour = background_rgb(background)
     folder, root, training = split_folder(path, split, test_fraction, IMAGES, labels)
     class_names, samples = classified_files(root, training, IMAGES, labels)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
 
     shape = (channels, size, size)
-    content = (file_content(file, root) for file, _ in samples)
+    content = [file_content(file, root) for file, _ in samples] + [repr(colour).encode()]
     return DecodedImages(
         PictureFiles(samples),
         image_shape=shape,
         class_names=class_names,
         identity=content_identity(folder.resolve().name, split, shape, class_names, content),
         max_unreadable=max_unreadable,
+        background=colour,
     )
 
 
@@ -97,7 +106,7 @@ def split_folder(
         raise MezzotintError(f"{kind.noun} folder {folder} does not exist; set data.path to a folder of {kind.noun}s")
     where = f"{kind.noun} folder {folder}"
     parts = {name: folder / name for name in _split_names(folder, kind, where)} or {"train": folder}
-    labelled = (lambda part: bool(_subfolders(part))) if labels and len(parts) > 1 else None
+    labelled = (lambda part: bool(subfolders(part))) if labels and len(parts) > 1 else None
     chosen = pick_split(parts, split, test_fraction, where, labelled)
     training = next((part for name, part in parts.items() if split_of(name, within=True) == "train"), chosen)
     return folder, chosen, training
@@ -108,7 +117,7 @@ def _split_names(folder: Path, kind: FileKind, where: str) -> list[str]:
 
     Raises `MezzotintError` where they may be either.
     """
-    inside = _subfolders(folder)
+    inside = subfolders(folder)
     named = [name for name in inside if split_of(name)]
     company = [name for name in inside if name not in named and _holds_any(folder / name, kind)] if named else []
     if named and not company:
@@ -126,7 +135,7 @@ def _split_names(folder: Path, kind: FileKind, where: str) -> list[str]:
 
 
 def _holds_any(folder: Path, kind: FileKind) -> bool:
-    return any(name.lower().endswith(kind.endings) for _, _, names in os.walk(folder) for name in names)
+    return any(name.lower().endswith(kind.endings) for _, names in walk(folder, LeftAside()) for name in names)
 
 
 def classified_files(
@@ -139,9 +148,9 @@ def classified_files(
     if not labels:
         return (), files_below(root, UNLABELLED, kind)
     # The classes are those of the training files, so that a label means the same in every split.
-    class_names = tuple(_subfolders(training))
+    class_names = tuple(subfolders(training))
     for name in class_names:
-        inside = [split for split in _subfolders(training / name) if split_of(split)]
+        inside = [split for split in subfolders(training / name) if split_of(split)]
         if {split_of(split) for split in inside} == {"train", "test"}:
             raise MezzotintError(
                 f"{kind.noun} folder {training} has splits inside of {name}: {', '.join(inside)}; expected classes "
@@ -153,15 +162,28 @@ def classified_files(
 def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[tuple[str, int]]:
     """Paths of the files below the sub-folders that `labels` names, by sub-folder and then by path, with labels.
 
-    Raises `MezzotintError` where there are none.
+    What else is there is counted in one warning. Raises `MezzotintError` where there are no such files.
     """
-    from torchvision.datasets.folder import make_dataset  # seconds to import
-
-    samples: list[tuple[str, int]] = make_dataset(root, labels, kind.endings, allow_empty=True)
+    left = LeftAside()
+    found: list[tuple[str, str, list[str]]] = []  # sub-folder, folder, names
+    for folder, names in walk(root, left):
+        inside = os.path.relpath(folder, root)
+        label = "" if "" in labels or inside == os.curdir else inside.split(os.sep)[0]
+        taken = []
+        for name in names:
+            if not name.lower().endswith(kind.endings):
+                if not name.startswith(METADATA):
+                    left.add("files with other endings", os.path.join(inside, name))
+            elif label not in labels:
+                left.add(f"{kind.noun}s outside of the folders of classes", name)
+            else:
+                taken.append(os.path.join(folder, name))
+        found.append((label, folder, taken))
+    left.report(f"{kind.noun} folder {root}")
+    samples = [(file, labels[label]) for label, _, taken in sorted(found) for file in taken]
     if not samples:
         raise MezzotintError(
-            f"{kind.noun} folder {root} holds no {kind.noun}s; expected files like {', '.join(kind.endings)}, "
-            "so check data.path"
+            f"{kind.noun} folder {root} holds no {kind.noun}s; expected files like {kind.likely}, so check data.path"
         )
     return samples
 
@@ -169,16 +191,12 @@ def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[t
 def file_content(file: str, root: Path) -> bytes:
     """What tells a file from others without reading it: its path within `root` and its size."""
     size = os.path.getsize(file) if os.path.exists(file) else 0  # 0: a broken link
-    return name_bytes(f"{os.path.relpath(file, root)}\0{size}")
+    return f"{os.path.relpath(file, root)}\0{size}".encode()
 
 
 def some(names: Collection[str]) -> str:
     """The first three names, for a sentence."""
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _labelled(root: Path, class_names: Sequence[str], kind: FileKind, own_classes: bool) -> list[tuple[str, int]]:
@@ -189,7 +207,7 @@ def _labelled(root: Path, class_names: Sequence[str], kind: FileKind, own_classe
             f"{noun} folder {root} holds {len(files)} {noun}s but no sub-folders; expected one sub-folder per class, "
             f"so sort the {noun}s into classes or set data.labels=false"
         )
-    if strange := set(_subfolders(root)) - set(class_names):
+    if strange := set(subfolders(root)) - set(class_names):
         raise MezzotintError(
             f"{noun} folder {root} has classes that the training {noun}s lack: {', '.join(sorted(strange))}; "
             f"remove them or add training {noun}s"

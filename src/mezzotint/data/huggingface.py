@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from PIL import Image
 
 from mezzotint.data.base import DecodedImages, Example, ShuffledStream, as_captions, content_identity
 from mezzotint.data.folder import some
+from mezzotint.data.pictures import background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError, closest
@@ -31,13 +32,12 @@ CAPTION_MISSING = "the caption is missing"
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps its image, its label and its captions, and how to decode them."""
+    """Where a row keeps its image, its label and its captions."""
 
     image: str
     label: str | None
     caption: str | None
     class_names: tuple[str, ...]
-    decoder: datasets.Image
 
     def decode(self, row: Row) -> tuple[Image.Image, int]:
         """Picture and label, −1 without a label column. Raises `MezzotintError` for a label that is no class."""
@@ -53,7 +53,7 @@ class Columns:
             raise ValueError("the image is missing")
         if self.caption is not None and not as_captions(row[self.caption]):
             raise ValueError(CAPTION_MISSING)
-        return self.decoder.decode_example(row[self.image]), label
+        return _read_image(row[self.image]), label
 
     def content(self, row: Row) -> bytes:
         """What is in `row`, the same on every machine."""
@@ -107,7 +107,7 @@ class HubStream(ShuffledStream):
     def decode_row(self, row: Row) -> Example:
         picture, label = self.columns.decode(row)
         captions = () if self.columns.caption is None else as_captions(row[self.columns.caption])
-        return Example(picture_to_tensor(picture, self.image_shape), label, captions)
+        return Example(picture_to_tensor(picture, self.image_shape, self.background), label, captions)
 
     def row_name(self, row: Row, number: int) -> str:
         return _example_name(self.where, number, row[self.columns.image])
@@ -127,16 +127,17 @@ def hugging_face(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     max_unreadable: int = 10,
+    background: str = "white",
 ) -> DecodedImages | HubStream:
     """A data set by its name on the hub, or in a folder: written by ``save_to_disk``, or with parquet or image files.
 
     Columns are recognised by type, `Image` and `ClassLabel`, when they are not given; `label_column` may also hold
     integers, unless streaming. `caption_column` holds a text or a list of texts per image; with it, a column of labels
     may be missing, and an image without a text counts as unreadable. Images become squares of `size` pixels by
-    `adm_center_crop`. A test split is the set's own (test, else validation; with `labels` one whose labels are known)
-    or `test_fraction` of the training images. With `streaming` nothing is stored, and the order is that of the files,
-    shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is not installed, or the set
-    cannot be loaded, or its columns or splits are not clear.
+    `adm_center_crop`, on the colour `background`. A test split is the set's own (test, else validation; with `labels`
+    one whose labels are known) or `test_fraction` of the training images. With `streaming` nothing is stored, and the
+    order is that of the files, shuffled within `shuffle_buffer` examples. Raises `MezzotintError` when `datasets` is
+    not installed, or the set cannot be loaded, or its columns or splits are not clear.
     """
     try:
         import datasets
@@ -147,6 +148,7 @@ def hugging_face(
         ) from None
     check_channels(channels)
     check_size(size)
+    colour = background_rgb(background)
     if streaming and test_fraction:
         raise MezzotintError("a stream cannot hold images out for testing; set data.test_fraction=0 or streaming=false")
     where = f"Hugging Face data set {path}"
@@ -168,14 +170,14 @@ def hugging_face(
         training = next((part for name, part in parts.items() if split_of(name, within=True) == "train"), part)
         class_names = _class_names(training, label, where)
         _check_labels(part, label, len(class_names), where)
-    columns = Columns(image, label, caption, class_names, datasets.Image())
+    columns = Columns(image, label, caption, class_names)
     part = part.select_columns(columns.names).cast_column(image, datasets.Image(decode=False))
 
     shape = (channels, size, size)
     name = f"{Path(path).name}-{config}" if config else Path(path).name
 
     def identity(rows: Iterable[Row], length: int | None) -> str:
-        content = [str(length).encode(), *map(columns.content, rows)]
+        content = [repr((length, colour)).encode(), *map(columns.content, rows)]
         return content_identity(name, split, shape, class_names, content)
 
     if isinstance(part, datasets.IterableDataset):
@@ -190,6 +192,7 @@ def hugging_face(
             image_shape=shape,
             identity=identity(first, None),
             max_unreadable=max_unreadable,
+            background=colour,
         )
 
     part = part.select(held_out(len(part), split, test_fraction))
@@ -201,6 +204,7 @@ def hugging_face(
         identity=identity(part.select(rows), len(part)),
         max_unreadable=max_unreadable,
         texts=part[caption] if caption else None,
+        background=colour,
     )
     if caption is not None:
         bare = _without_caption(part, caption)
@@ -225,11 +229,6 @@ def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mappin
         if saved or saved_splits:
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
-            if glob.has_magic(str(folder)):
-                raise MezzotintError(
-                    f"{folder} has *, ? or [ in its name, which the library 'datasets' takes for a pattern; rename it, "
-                    "or link to it from elsewhere"
-                )
             builder = datasets.load_dataset_builder(str(folder), config)
             _check_nothing_hidden(folder, builder.config.data_files)
             if streaming:
@@ -393,6 +392,16 @@ def _without_caption(part: datasets.Dataset, column: str) -> list[int]:
     """The rows whose caption is null, an empty list, or a list of nulls."""
     chunks = (text for chunk in _column(part, column) for text in chunk.to_pylist())
     return [number for number, text in enumerate(chunks) if not as_captions(text)]
+
+
+def _read_image(image: Mapping[str, Any]) -> Image.Image:
+    """The picture of a row: its bytes, or the file that it names, here or on the hub."""
+    if image["bytes"] is not None:
+        return read_picture(io.BytesIO(image["bytes"]))
+    from datasets.utils.file_utils import xopen
+
+    with xopen(image["path"], "rb") as file:
+        return read_picture(io.BytesIO(file.read()))
 
 
 def _example_name(where: str, number: int, image: Mapping[str, Any] | None) -> str:

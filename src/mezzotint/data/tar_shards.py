@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mezzotint.data.base import Example, ShuffledStream, content_identity
 from mezzotint.data.captions import caption_in
 from mezzotint.data.folder import IMAGES, some
+from mezzotint.data.listing import LITTER_REASON, LeftAside, is_litter
+from mezzotint.data.pictures import background_rgb, read_picture
 from mezzotint.data.splits import check_split, held_out, pick_split, split_of, split_word
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError
-from mezzotint.files import name_bytes, parse_json, read_text
+from mezzotint.files import parse_json, read_text
 
 logger = logging.getLogger("mezzotint")
 
@@ -60,9 +61,10 @@ class TarExample(NamedTuple):
 
     @property
     def image(self) -> str | None:
-        """The extension of its image: of several, the one with the fewest dots, so jpg rather than mask.png."""
+        """The extension of its image: of several, the one with the fewest dots, so jpg rather than mask.png or gif."""
         images = (extension for extension in self.places if f".{extension}".endswith(IMAGES.endings))
-        return min(images, key=lambda extension: extension.count("."), default=None)
+        rank = IMAGES.endings.index
+        return min(images, key=lambda name: (name.count("."), rank("." + name.rpartition(".")[2])), default=None)
 
     def captions(self, caption_column: str | None) -> tuple[str, ...]:
         """From its .txt, else from its .json; none where both are missing."""
@@ -91,13 +93,15 @@ class TarStream(ShuffledStream):
         generator = np.random.default_rng((seed, epoch))
         order = generator.permutation(len(self.shards))
         buffer: list[TarExample] = []
-        for row in (row for number in order for row in shard_examples(self.shards[number])):
+        left = LeftAside()
+        for row in (row for number in order for row in shard_examples(self.shards[number], left)):
             if len(buffer) < self.shuffle_buffer:
                 buffer.append(row)
             else:
                 place = int(generator.integers(len(buffer)))
                 row, buffer[place] = buffer[place], row
                 yield row
+        left.report(f"{len(self.shards)} tar shards of {self.shards[0].parent}")  # of the whole epoch, so once
         yield from (buffer[place] for place in generator.permutation(len(buffer)))
 
     def decode_row(self, row: TarExample) -> Example:
@@ -107,8 +111,8 @@ class TarStream(ShuffledStream):
         if self.captioned and not captions:
             raise ValueError("the caption is missing")
         label = self._label(row) if self.class_names else -1
-        with Image.open(io.BytesIO(row.read(row.image, MAX_IMAGE))) as picture:
-            return Example(picture_to_tensor(picture, self.image_shape), label, captions)
+        picture = read_picture(io.BytesIO(row.read(row.image, MAX_IMAGE)))
+        return Example(picture_to_tensor(picture, self.image_shape, self.background), label, captions)
 
     def row_name(self, row: TarExample, number: int) -> str:
         return f"{row.key} (example {number}) in {row.shard}"
@@ -133,6 +137,7 @@ def web_dataset(
     test_fraction: float = 0.0,
     shuffle_buffer: int = 1000,
     max_unreadable: int = 10,
+    background: str = "white",
 ) -> TarStream:
     """An endless stream of the examples in tar shards: an image, with a caption in .txt or .json, or a label in .cls.
 
@@ -147,6 +152,7 @@ def web_dataset(
     check_split(split)
     check_channels(channels)
     check_size(size)
+    colour = background_rgb(background)
     if shuffle_buffer < 1:
         raise MezzotintError(f"data.shuffle_buffer is {shuffle_buffer}; expected at least 1, which does not shuffle")
     shards = _shards(str(path), split, test_fraction)
@@ -162,8 +168,8 @@ def web_dataset(
     place = Path(path).expanduser().resolve()
     name = place.name if place.is_dir() else place.parent.name  # of a pattern, where it is
     shape = (channels, size, size)
-    content = [name_bytes(f"{shard.name}\0{shard.stat().st_size}") for shard in shards]
-    content.append(repr((sorted(first.places), caption_column)).encode())
+    content = [f"{shard.name}\0{shard.stat().st_size}".encode() for shard in shards]
+    content.append(repr((sorted(first.places), caption_column, colour)).encode())
     return TarStream(
         shards,
         captioned=captioned,
@@ -173,13 +179,15 @@ def web_dataset(
         class_names=class_names,
         identity=content_identity(name, split, shape, class_names, content),
         max_unreadable=max_unreadable,
+        background=colour,
     )
 
 
-def shard_examples(shard: Path) -> Iterator[TarExample]:
+def shard_examples(shard: Path, left: LeftAside | None = None) -> Iterator[TarExample]:
     """The examples in a shard, one after another: neighbouring files whose paths agree up to the first dot of the name.
 
-    Raises `MezzotintError` for a file that is no uncompressed tar file, or cut off.
+    Files of other systems are counted in `left`. Raises `MezzotintError` for a file that is no uncompressed tar file,
+    or cut off.
     """
     key: str | None = None
     places: dict[str, tuple[int, int]] = {}
@@ -192,7 +200,11 @@ def shard_examples(shard: Path) -> Iterator[TarExample]:
                 end = member.offset_data - (-member.size // 512) * 512
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
-                if not member.isreg() or not stem or not extension:
+                if any(is_litter(part) for part in member.name.split("/") if part not in ("", ".", "..")):
+                    if left is not None and not member.isdir():
+                        left.add(LITTER_REASON, member.name)
+                    continue
+                if not member.isreg() or not extension:
                     continue
                 if (here := os.path.join(folder, stem)) != key:
                     if key is not None:
@@ -236,27 +248,21 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(words) for words in product(*parts)]
 
 
-def _matching(word: str) -> list[str]:
-    """The files that a pattern means; the name of a file or folder that is there is no pattern, whatever is in it."""
-    if os.path.isfile(word) or not glob.has_magic(word):
-        return [word]
-    folder, name = os.path.split(word)
-    return sorted(glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)))
-
-
 def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         shards = pick_split(_parts(folder), split, test_fraction, f"folder of tar shards {folder}")
     else:
         pick_split({"train": folder}, split, test_fraction, f"the tar shards {path}")
-        words = [str(folder)] if folder.is_file() else expand_braces(str(folder))
+        words = expand_braces(str(folder))
         if missing := [word for word in words if not glob.has_magic(word) and not os.path.isfile(word)]:
             raise MezzotintError(
                 f"{len(missing)} of the {len(words)} tar shards of {path} are missing, the first one {missing[0]}; "
                 "set data.path to a folder of .tar files or a pattern like shards/{00000..00099}.tar"
             )
-        shards = [Path(name) for word in words for name in _matching(word)]
+        shards = [
+            Path(name) for word in words for name in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])
+        ]
     if not shards:
         raise MezzotintError(
             f"{folder} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"
@@ -268,10 +274,14 @@ def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
     return [shards[i] for i in held_out(len(shards), split, test_fraction)]
 
 
+def _tar_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_litter(path.name))
+
+
 def _parts(folder: Path) -> dict[str, list[Path]]:
     """The shards in a folder by split: in sub-folders, else told apart by their names, else all for training."""
-    shards = sorted(folder.glob("*.tar"))
-    inside = {path.name: sorted(path.glob("*.tar")) for path in folder.iterdir() if split_of(path.name)}
+    shards = _tar_files(folder)
+    inside = {path.name: _tar_files(path) for path in folder.iterdir() if split_of(path.name)}
     if any(inside.values()):
         if shards:
             names = some([shard.name for shard in shards])

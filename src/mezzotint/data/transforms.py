@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mezzotint.data.pictures import WHITE, flatten
 from mezzotint.errors import MezzotintError
 
 PIL_MODES = {1: "L", 3: "RGB"}
 """PIL's name for an image of so many channels."""
+
+LONG = 16
+"""A picture whose longer side is more than so many times its shorter one is cropped before it is resized."""
 
 
 def check_channels(channels: int) -> None:
@@ -51,20 +56,43 @@ def adm_center_crop(picture: Image.Image, size: int) -> Image.Image:
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) > LONG * size:  # 400,000 × 1 pixels would become billions
+        return _resized_middle(picture, size, width, height)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return picture.crop((left, top, left + size, top + size))
 
 
-def picture_to_tensor(picture: Image.Image | Sequence[Image.Image], image_shape: tuple[int, ...]) -> Tensor:
+def _resized_middle(picture: Image.Image, size: int, width: int, height: int) -> Image.Image:
+    """To rounding, the square of `size` in the middle of the picture resized to `width` × `height`; no more is made."""
+    places, window = [], []
+    for side, resized in zip(picture.size, (width, height), strict=True):
+        first = (resized - size) // 2
+        start, end = first * side / resized, (first + size) * side / resized
+        reach = math.ceil(2 * max(1, side / resized)) + 1  # of the kernel, and one for rounding
+        window.append((max(0, math.floor(start) - reach), min(side, math.ceil(end) + reach)))
+        places.append((start - window[-1][0], end - window[-1][0]))
+    (left, right), (top, bottom) = places
+    picture = picture.crop((window[0][0], window[1][0], window[0][1], window[1][1]))
+    # Rows first, as Pillow does when both are enlarged: it rounds, and clips, between the two.
+    picture = picture.resize((size, picture.height), Image.Resampling.BICUBIC, box=(left, 0, right, picture.height))
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(0, top, size, bottom))
+
+
+def picture_to_tensor(
+    picture: Image.Image | Sequence[Image.Image],
+    image_shape: tuple[int, ...],
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
     """`adm_center_crop` of a picture of any mode and size, as uint8 of `image_shape` (C, S, S).
 
-    Of the F pictures of a clip, uint8 (F, C, S, S).
+    Of the F pictures of a clip, uint8 (F, C, S, S). `background`: red, green and blue behind what is transparent.
     """
     channels, size, _ = image_shape[-3:]
     if not isinstance(picture, Image.Image):
-        return torch.stack([picture_to_tensor(frame, image_shape[1:]) for frame in picture])
-    pixels = np.array(adm_center_crop(picture.convert(PIL_MODES[channels]), size))
+        return torch.stack([picture_to_tensor(frame, image_shape[1:], background) for frame in picture])
+    pixels = np.array(adm_center_crop(flatten(picture, PIL_MODES[channels], background), size))
     return torch.from_numpy(pixels).view(size, size, channels).permute(2, 0, 1)
 
 

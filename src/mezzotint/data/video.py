@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,11 +15,23 @@ from PIL import Image
 from mezzotint.data.base import DecodedImages, content_identity
 from mezzotint.data.captions import captioned_files, find_metadata
 from mezzotint.data.folder import FileKind, classified_files, file_content, split_folder
+from mezzotint.data.pictures import background_rgb, check_pixels, open_picture
 from mezzotint.data.splits import held_out
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
 
 VIDEOS = FileKind("video", (".gif", ".mp4", ".webm", ".mov", ".mkv", ".avi"))
+
+TURNS = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # clockwise by 90 degrees
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+"""What is done to a frame by the signs of its display matrix; turns by other angles are left out, as players do."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ def video_folder(
     caption_column: str | None = None,
     test_fraction: float = 0.0,
     max_unreadable: int = 10,
+    background: str = "white",
 ) -> DecodedImages:
     """Clips (F, C, H, W), one of each GIF, MP4 or other video file, in one sub-folder per class or with captions.
 
@@ -62,6 +76,7 @@ def video_folder(
     """
     check_channels(channels)
     check_size(size)
+    colour = background_rgb(background)
     for key, value in (("frames", frames), ("frame_stride", frame_stride)):
         if value is not None and value < 1:
             raise MezzotintError(f"data.{key} is {value}; expected at least 1")
@@ -82,7 +97,7 @@ def video_folder(
         pyav("videos other than GIFs")
 
     shape = (frames, channels, size, size)
-    content = [file_content(file, root) for file, _ in samples] + [repr((frame_stride, texts)).encode()]
+    content = [file_content(file, root) for file, _ in samples] + [repr((frame_stride, texts, colour)).encode()]
     return DecodedImages(
         VideoFiles(samples, frames, frame_stride),
         image_shape=shape,
@@ -90,6 +105,7 @@ def video_folder(
         identity=content_identity(folder.resolve().name, split, shape, class_names, content),
         max_unreadable=max_unreadable,
         texts=texts,
+        background=colour,
     )
 
 
@@ -121,17 +137,35 @@ def _is_gif(path: str) -> bool:
 
 def _read_gif(path: str, frames: int, stride: int | None) -> list[Image.Image]:
     clip = []
-    with Image.open(path) as picture:
+    with open_picture(path) as picture:
         for number in frame_numbers(getattr(picture, "n_frames", 1), frames, stride):
             picture.seek(number)
-            clip.append(picture.convert("RGB"))
+            clip.append(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
     return clip
+
+
+def _picture(frame: Any) -> Image.Image:
+    """A frame as it is to be seen, turned and mirrored by its display matrix, with its transparency."""
+    if any(component.is_alpha for component in frame.format.components):
+        picture = Image.fromarray(frame.to_ndarray(format="rgba"))
+    else:
+        picture = frame.to_image()
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))  # (x, y) is shown at (ax + cy, bx + dy), y downwards
+            turn = TURNS.get((_sign(a), _sign(b), _sign(c), _sign(d)))
+            return picture if turn is None else picture.transpose(turn)
+    return picture
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)
 
 
 def _read_video(path: str, frames: int, stride: int | None) -> list[Image.Image]:
     av = pyav("videos other than GIFs")
-    path = os.path.abspath(path)  # what stands before a colon is a protocol to FFmpeg
     with av.open(path) as container:  # packets are counted without decoding them; a frame is one, if rarely none
+        check_pixels(container.streams.video[0].width, container.streams.video[0].height)
         count = sum(packet.size > 0 for packet in container.demux(video=0))
     while True:
         wanted = frame_numbers(count, frames, stride)
@@ -140,7 +174,7 @@ def _read_video(path: str, frames: int, stride: int | None) -> list[Image.Image]
         with av.open(path) as container:
             for decoded, frame in enumerate(container.decode(video=0), 1):
                 if decoded - 1 == wanted[len(clip)]:
-                    clip.append(frame.to_image())
+                    clip.append(_picture(frame))
                     if len(clip) == frames:
                         return clip
         count = decoded  # fewer than there are packets

@@ -84,7 +84,8 @@ def evaluate(
     settings = data_settings(reference)
     network = choose_network(features, weights, settings, model)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    real = reference_statistics(settings or reference, network, rows=rows, **shared)
+    known = model.recipe.data if settings is None and isinstance(model, Pipeline) else None
+    real = reference_statistics(settings or reference, network, rows=rows, **shared, **decoded_alike(reference, known))
     scores: dict[str, Any] = {"features": network.name, "reference": real.source, "reference_images": real.count}
     sets: dict[str, dict[str, Any]] = {}
     seen_sets: dict[str, tuple[ImageSource, Extracted]] = {}
@@ -106,6 +107,7 @@ def evaluate(
     else:
         if settings is not None and isinstance(model, str | Path) and Path(model).exists():
             options |= {"channels": settings.channels}  # ADM's .npz is in colour even where nothing is
+            options |= decoded_alike(model, settings)
         add("samples", image_source(model, count=count, **options))
     if settings is not None and (train := _training_images(settings, real, sets["samples"]["images"])) is not None:
         add("real", train)
@@ -200,6 +202,12 @@ def mean_bits_per_dim(
         bits.append(bits_per_dim(log_p, x[0].numel()).cpu())
     values = torch.cat(bits)
     return {"bits_per_dim": values.mean().item(), "bits_per_dim_error": (values.std() / len(values) ** 0.5).item()}
+
+
+def decoded_alike(images: object, settings: DataSettings | None) -> dict[str, Any]:
+    """Options for a folder of pictures that is compared with a data set, so that both are decoded alike."""
+    is_folder = isinstance(images, str | Path) and Path(images).expanduser().is_dir()
+    return {"background": settings.background} if is_folder and settings is not None else {}
 
 
 def data_settings(reference: object) -> DataSettings | None:

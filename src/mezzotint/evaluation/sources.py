@@ -29,7 +29,9 @@ from torch import Tensor
 
 from mezzotint import data
 from mezzotint.data.base import content_identity
+from mezzotint.data.folder import UNLABELLED, FileKind, files_below
 from mezzotint.data.loader import dataset_batches
+from mezzotint.data.pictures import ENDINGS, WHITE, background_rgb, flatten, is_grey, read_picture
 from mezzotint.data.transforms import (
     PIL_MODES,
     check_channels,
@@ -39,7 +41,7 @@ from mezzotint.data.transforms import (
     to_uint8,
 )
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import name_bytes, tensors_digest
+from mezzotint.files import tensors_digest
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.recipe import DataSettings
@@ -143,9 +145,10 @@ def _maker(spec: object) -> tuple[str, Callable[..., ImageSource]]:
             size: int | None = None,
             channels: int | None = None,
             labels: bool | None = None,
+            background: str = "white",
             workers: int = 0,
         ) -> ImageSource:
-            folder = picture_folder(place, size=size, channels=channels, labels=labels)
+            folder = picture_folder(place, size=size, channels=channels, labels=labels, background=background)
             return DatasetSource(folder, count, workers=workers)
 
         return "a folder of pictures", pictures
@@ -233,8 +236,7 @@ def _steps(count: int, batch_size: int, rank: int, world_size: int) -> range:
     return range(rank, -(-count // batch_size), world_size)
 
 
-#: endings of the files that count as pictures
-PICTURES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PICTURES = FileKind("picture", ENDINGS)
 #: pictures whose bytes enter a folder's identity
 IDENTITY_PICTURES = 16
 
@@ -249,6 +251,7 @@ class PictureFolder:
     image_shape: tuple[int, int, int]
     identity: str
     crop: bool
+    background: tuple[int, int, int] = WHITE
 
     def __len__(self) -> int:
         return len(self.files)
@@ -257,41 +260,38 @@ class PictureFolder:
         file, (channels, height, width) = self.files[index], self.image_shape
         label = -1 if self.labels is None else self.labels[index]
         picture = _read_picture(file)
-        if channels == 1 and not _is_grey(picture):
+        if channels == 1 and not is_grey(picture):
             raise MezzotintError(f"{file} is in colour and {self.files[0]} is grey; choose by channels=3 or channels=1")
         if self.crop:
-            return picture_to_tensor(picture, self.image_shape), label
+            return picture_to_tensor(picture, self.image_shape, self.background), label
         if picture.size != (width, height):
             raise MezzotintError(
                 f"{file} is {picture.width} × {picture.height} pixels and {self.files[0]} {width} × {height}; expected "
                 "one size, or give size=N to crop and resize them all"
             )
-        pixels = torch.from_numpy(np.array(picture.convert(PIL_MODES[channels])))
+        pixels = torch.from_numpy(np.array(flatten(picture, PIL_MODES[channels], self.background)))
         return pixels.view(height, width, channels).permute(2, 0, 1), label
 
 
 def picture_folder(
-    path: str | Path, *, size: int | None = None, channels: int | None = None, labels: bool | None = None
+    path: str | Path,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    labels: bool | None = None,
+    background: str = "white",
 ) -> PictureFolder:
     """The pictures in a folder, at any depth, by path.
 
     With `size` they become squares by `adm_center_crop`; without, all must be of one size. channels: 1 or 3; None takes
     grey for grey where the first picture is. labels: the first level of sub-folders, by name, are the classes; None:
-    where there are two or more, and every picture is in one. Raises `MezzotintError` for a folder without pictures or,
-    when indexed, for a picture that cannot be read or is of another size.
+    where there are two or more, and every picture is in one. background: the colour behind what is transparent. Raises
+    `MezzotintError` for a colour that is none, a folder without pictures or, when indexed, for a picture that cannot be
+    read or is of another size.
     """
     root = Path(path).expanduser()
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name.lower().endswith(PICTURES) and not name.startswith(".")
-        ]
-    if not found:
-        raise MezzotintError(f"the folder {root} holds no pictures; expected files like {', '.join(PICTURES)}")
-    found.sort()
+    colour = background_rgb(background)
+    found = sorted(os.path.relpath(file, root) for file, _ in files_below(root, UNLABELLED, PICTURES))
     files = [str(root / name) for name in found]
     classes = [name.split(os.sep)[0] if os.sep in name else None for name in found]
     class_names = tuple(sorted({name for name in classes if name is not None}))
@@ -306,12 +306,12 @@ def picture_folder(
     else:
         check_size(size)
         width = height = size
-    shape = (channels or (1 if _is_grey(first) else 3), height, width)
+    shape = (channels or (1 if is_grey(first) else 3), height, width)
     class_names = class_names if labelled else ()
     # Names and lengths tell most changes, and samples drawn anew differ in any picture one looks into.
     some = [files[i] for i in sorted({int(i) for i in np.linspace(0, len(files) - 1, IDENTITY_PICTURES)})]
-    content = [name_bytes(f"{name}\0{os.path.getsize(file)}") for name, file in zip(found, files, strict=True)]
-    content += [Path(file).read_bytes() for file in some]
+    content = [f"{name}\0{os.path.getsize(file)}".encode() for name, file in zip(found, files, strict=True)]
+    content += [*(Path(file).read_bytes() for file in some), repr(colour).encode()]
     return PictureFolder(
         files,
         [class_names.index(str(name)) for name in classes] if labelled else None,
@@ -319,22 +319,15 @@ def picture_folder(
         shape,
         content_identity(root.resolve().name, "pictures", shape, class_names, content),
         crop=size is not None,
+        background=colour,
     )
 
 
 def _read_picture(file: str) -> Image.Image:
     try:
-        with Image.open(file) as picture:
-            picture.load()
+        return read_picture(file)
     except Exception as error:  # PIL's file formats fail with a dozen unrelated types
         raise MezzotintError(f"picture {file} cannot be read ({error}); mend or remove it") from None
-    if picture.mode.startswith(("I", "F")):
-        raise MezzotintError(f"picture {file} has more than 8 bits a channel (mode {picture.mode}); convert it to 8")
-    return picture
-
-
-def _is_grey(picture: Image.Image) -> bool:
-    return picture.mode in ("1", "L", "LA")
 
 
 # ---- .npz files ------------------------------------------------------------------------------------------------------

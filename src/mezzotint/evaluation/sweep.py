@@ -28,7 +28,7 @@ from rich.table import Table
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
-from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, figures
+from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, decoded_alike, figures
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
 from mezzotint.files import atomic_path, tensors_digest, write_text
 from mezzotint.guidance import Guidance
@@ -120,7 +120,14 @@ def sweep(
     reference = pipeline.recipe.data if reference is None else reference
     settings = data_settings(reference)
     network = choose_network(features, weights, settings, pipeline)
-    real = reference_statistics(settings or reference, network, rows=MAX_ROWS, batch_size=batch_size, progress=progress)
+    real = reference_statistics(
+        settings or reference,
+        network,
+        rows=MAX_ROWS,
+        batch_size=batch_size,
+        progress=progress,
+        **decoded_alike(reference, None if settings else pipeline.recipe.data),
+    )
     shared = _plan(pipeline, network, real, count, seed)
     rows: list[dict[str, Any]] = []
     scored: dict[str, dict[str, Any]] = {}
@@ -152,7 +159,7 @@ def sweep(
             if progress and rank == 0:
                 where = ", ".join(f"{axis} {value}" for axis, value in cell.values.items())
                 took = f"{time.perf_counter() - begun:.0f} s"
-                console.print(f"cell {number} of {len(cells)}: {where}: {took}", soft_wrap=True)
+                console.print(f"cell {number} of {len(cells)}: {where}: {took}", soft_wrap=True, markup=False)
         row |= found
         scored[key] = row
     if not scored:
