@@ -253,3 +253,110 @@ def test_a_wrong_option_is_explained(mezzotint: Command) -> None:
     assert wrong.code == 2
     assert "No such option" in wrong.err
     assert "--out" in wrong.err
+
+
+# ---- Anybody's text --------------------------------------------------------------------------------------------------
+
+ODD = ["grids [cfg]", "grids [/tmp]", "a[/b]", ":smile: [bold]", "50% {x}", "élan", "a*?"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_paths_are_printed_as_they_are(mezzotint: Command, trained: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name / "x.png"
+    drawn = mezzotint("sample", trained, "--count", 1, "--steps", 1, "--out", out)
+    assert (drawn.code, drawn.out) == (0, f"{out}\n")
+    assert out.is_file()
+    refused = mezzotint("train", tmp_path / name / "r.yaml")
+    assert (refused.code, refused.err) == (
+        2,
+        f"error: there is no recipe file or run folder at {tmp_path / name / 'r.yaml'}",
+    )
+
+
+def test_tables_progress_and_log_lines_have_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import logging
+
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.table import Table
+
+    from mezzotint import progress
+
+    assert not progress.console._markup
+    written = io.StringIO()
+    shown = Console(file=written, force_terminal=True, width=200, markup=False, emoji=False, color_system=None)
+    monkeypatch.setattr(progress, "console", shown)
+    table = Table("a[/b]", title="[/t]", caption=":smile:")
+    table.add_row("[bold]c")
+    shown.print(table)
+    handler = RichHandler(console=shown, show_path=False)
+    handler.emit(logging.LogRecord("x", logging.WARNING, "", 0, "%s", ("d[/e]",), None))
+    assert list(progress.track(range(2), "f[/g]", total=2)) == [0, 1]
+    with progress.progress_bar("loss") as bar:
+        bar.add_task("h[/i]", total=1, loss="j[/k]")
+        bar.refresh()
+    for text in ("a[/b]", "[/t]", ":smile:", "[bold]c", "d[/e]", "f[/g]", "h[/i]", "j[/k]"):
+        assert text in written.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_of_any_encoding_shows_everything(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    import io
+    import sys
+
+    import yaml
+
+    from mezzotint.cli import main
+
+    def run(*arguments: str) -> tuple[str, str]:
+        streams = io.BytesIO(), io.BytesIO()
+        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding))
+        monkeypatch.setattr(sys, "argv", ["mezzotint", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out, err = (stream.getvalue().decode(encoding) for stream in streams)
+        return out, err
+
+    assert "8 \\xd7 8" in run("recipes")[0] or encoding == "cp1252"
+    assert "mdm-1024" in run("recipes")[0]
+    assert "Train, sample and score" in run("--help")[0]
+    assert "--guidance" in run("sample", "--help")[0]
+    assert "parameters" in run("cost", "digits")[0]
+    assert "\\u2192" in run("sample", "→/\udcff")[1]
+    written = yaml.safe_load(run("recipes", "digits", "description=→ é \udcff")[0])
+    assert written["description"] == "→ é \udcff"
+
+
+def test_names_that_are_not_utf8(mezzotint: Command, tmp_path: Path) -> None:
+    """A class's name and a folder's in Latin-1, and one of decomposed letters, as macOS has them."""
+    data = tmp_path / "photos \udcff [a*]"
+    for number, name in enumerate(("caf\udce9", "e\u0301lan", "a[b]")):
+        try:
+            (data / name).mkdir(parents=True)
+        except OSError:
+            pytest.skip("this file system has names in UTF-8 alone")
+        for image in range(2):
+            Image.new("L", (8, 8), 90 * number + image).save(data / name / f"{image}.png")
+    run = tmp_path / "run"
+    words = [f"data=folder:{data}", "data.size=8", "data.channels=1", *TINY]
+    trained = mezzotint("train", "digits", *words, "--out", run)
+    assert trained.code == 0, trained.err
+    files = ["--npz", tmp_path / "x\udcff.npz", "--out", tmp_path / "x\udcff.png"]
+    drawn = mezzotint("sample", run, "--classes", "élan, caf\udce9, A[B]", *files, "--count", 3, "--steps", 1)
+    assert drawn.code == 0, drawn.err
+    import numpy as np
+
+    names = sorted(["caf\udce9", "e\u0301lan", "a[b]"])
+    with np.load(tmp_path / "x\udcff.npz") as file:
+        assert [names[label] for label in file["arr_1"]] == ["e\u0301lan", "caf\udce9", "a[b]"]
+    page = ["--features", "pixels", "--html", tmp_path / "page.html"]
+    scored = mezzotint("evaluate", run, data, "--count", 6, "--steps", 1, *page)
+    assert scored.code == 0, scored.err
+    assert (tmp_path / "page.html").is_file()
+    refused = mezzotint("train", "digits", *TINY, "--out", tmp_path / "run \udcff")
+    assert (refused.code, "is not in UTF-8" in refused.err) == (2, True)
+    assert not (tmp_path / "run \udcff").exists()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mezzotint
 from mezzotint import images as output
-from mezzotint.conditions import class_labels, parse_classes
+from mezzotint.conditions import class_labels, parse_classes, split_classes
 from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe, override_recipe
 
@@ -78,6 +78,46 @@ def test_a_long_sampling_shows_a_bar_only_to_a_person(
 def test_labels_cover_the_classes_in_order() -> None:
     assert class_labels([4, 7], 5).tolist() == [4, 4, 4, 7, 7]
     assert class_labels(range(10), 100).tolist() == [i // 10 for i in range(100)]
+
+
+NAMES = ["goldfish, Carassius auratus", "tench, Tinca tinca", "crane", "crane, machine", "maillot, tank suit", "Élan"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("tench, Tinca tinca", [1]),
+        ("tench,tinca tinca", [1]),
+        ("tench", [1]),
+        ("Tinca tinca, 0 , goldfish", [1, 0, 0]),
+        ("tench, goldfish, Carassius auratus, 2", [1, 0, 2]),
+        ("crane", [2]),  # the very name of one, and one of the names of another
+        ("crane, machine, machine", [3, 3]),
+        ("tank suit, null", [4, 6]),
+        ("e\u0301lan", [5]),  # composed of two letters, as macOS writes it
+        ("\u00e9LAN", [5]),
+    ],
+)
+def test_names_with_commas_and_accents_find_their_classes(typed: str, expected: list[int]) -> None:
+    assert parse_classes(split_classes(typed, NAMES), 6, NAMES) == expected
+
+
+def test_one_name_of_several_classes_is_refused() -> None:
+    with pytest.raises(MezzotintError, match="2 classes are called 'cardigan': 0, 1; give one's number"):
+        parse_classes(["cardigan"], 2, ["cardigan, corgi", "cardigan, garment"])
+
+
+@pytest.mark.parametrize("names", [("1", "2", "3"), ("5", "6", "7"), ("001", "002")])
+def test_where_classes_are_named_by_numbers_a_number_is_a_name(names: tuple[str, ...]) -> None:
+    assert parse_classes([*names, "null"], len(names), names) == [*range(len(names)), len(names)]
+    with pytest.raises(MezzotintError, match="class '0' is unknown: the classes are named by numbers"):
+        parse_classes(["0"], len(names), names)
+
+
+@pytest.mark.parametrize("text", ["\u00b2", "\u0663", "1.0", "1e0", "9" * 5000, "-" + "9" * 5000])
+def test_what_is_no_number_of_a_class(text: str) -> None:
+    with pytest.raises(MezzotintError, match=r"^class .{1,210} is (unknown|out of range)"):
+        parse_classes([text], 3)
 
 
 def test_classes_by_number_and_name() -> None:

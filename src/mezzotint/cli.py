@@ -12,8 +12,8 @@ import typer
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mezzotint.errors import MezzotintError
-from mezzotint.progress import console, results
+from mezzotint.errors import MezzotintError, shortened
+from mezzotint.progress import console, print_anything, results
 
 app = typer.Typer(
     help="Train, sample and score diffusion models, in any combination of interpolant, target, backbone and sampler.",
@@ -150,7 +150,8 @@ def sample(
     model: ModelArgument,
     overrides: ModelOverrides = None,
     classes: Annotated[
-        str | None, typer.Option(help='Class names or numbers, e.g. "3, 8"; "null" is no class. Default: all in turn.')
+        str | None,
+        typer.Option(help='Class names or numbers, e.g. "3, tench"; "null" is no class. Default: all in turn.'),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A caption, again for more. Default: some that the model was trained with.")
@@ -194,13 +195,13 @@ def sample(
     """
     from mezzotint import images as output
     from mezzotint.archive import read_npz_images, sample_to_npz
+    from mezzotint.conditions import split_classes
     from mezzotint.pipeline import sample as draw
     from mezzotint.pipeline import sample_levels
     from mezzotint.training.parallel import rank_and_size
 
     rank, world_size = rank_and_size()
-    names = None if classes is None else [name for name in (part.strip() for part in classes.split(",")) if name]
-    if names == []:
+    if classes is not None and not classes.strip(", "):
         raise MezzotintError("--classes names no class; give names or numbers with commas between, or leave it out")
     captions = _captions(prompt or [], prompts)
     if npz is None and world_size > 1:
@@ -216,6 +217,7 @@ def sample(
     clips = pipeline.recipe.data.frames > 0
     if clips and (npz, png, trajectory, levels) != (None, None, None, None):
         raise MezzotintError("clips are written by --out alone, as a .gif or an .mp4; leave the other outputs out")
+    names = None if classes is None else split_classes(classes, pipeline.class_names)
     asked = names or captions or pipeline.prompts or range(pipeline.denoiser.num_classes)
     each = 1 if asked is pipeline.prompts else 10
     count = count or min(100, each * (len(asked) or 10))
@@ -263,11 +265,10 @@ def sample(
 
 def _captions(given: list[str], file: Path | None) -> list[str] | None:
     """The captions of the command line and of a file."""
+    from mezzotint.files import read_text
+
     if file is not None:
-        try:
-            given = given + [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise MezzotintError(f"{file} is not a text of captions, one a line, in UTF-8") from None
+        given = given + [line.strip() for line in read_text(file).splitlines() if line.strip()]
         if not given:
             raise MezzotintError(f"{file} holds no captions; expected one on each line")
     return given or None
@@ -776,7 +777,7 @@ def encode(
     from mezzotint.recipe import load_recipe
 
     if dataset.partition(":")[0] in SOURCES and ":" in dataset:
-        recipe = load_recipe("dit-xl-2-256", [f"data={json.dumps(dataset)}", *(overrides or [])])
+        recipe = load_recipe("dit-xl-2-256", [f"data={dataset}", *(overrides or [])])
     else:
         recipe = load_recipe(dataset, overrides or [])
     folder = write_latents(recipe, out, splits=split, dtype=dtype, batch_size=batch_size, device=device)
@@ -918,7 +919,9 @@ def recipes(
     from mezzotint.recipe import load_recipe, recipe_names
 
     if name is not None:
-        typer.echo(load_recipe(name, overrides or []).to_yaml(), nl=False)
+        loaded = load_recipe(name, overrides or [])
+        # A console of another encoding gets YAML's own escapes, so that what is sent to a file is still the recipe.
+        typer.echo(loaded.to_yaml(ascii_only=not results.encoding.startswith("utf")), nl=False)
         return
     table = Table("recipe", "what it is")
     for known in recipe_names():
@@ -1011,6 +1014,7 @@ def open_model(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    print_anything()
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
@@ -1018,6 +1022,8 @@ def main() -> None:
         app(prog_name="mezzotint")
     except MezzotintError as error:
         _fail(str(error))
+    except UnicodeEncodeError as error:
+        _fail(f"{shortened(error.object)} is not in UTF-8, as a library that is used here needs it; rename it.")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -1029,7 +1035,7 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    console.print(f"error: {sentence}", soft_wrap=True, markup=False)
+    console.print(f"error: {sentence}", soft_wrap=True)
     sys.exit(2)
 
 

@@ -147,6 +147,16 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def name_bytes(name: str) -> bytes:
+    """A name in UTF-8; one of a file that is in no encoding is the bytes that it has on the disk."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Whether a path has no bytes of another encoding, which Python keeps as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
 def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:
     """8 hexadecimal digits over names, shapes and values of `tensors`, and over the representations of `extra`."""
     digest = hashlib.sha256(repr(extra).encode())

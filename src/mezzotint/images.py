@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -109,7 +110,7 @@ def _save_mp4(frames: Sequence[Image.Image], fps: Fraction, path: str | Path) ->
     av = pyav("MP4 files")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     odd = frames[0].height % 2, frames[0].width % 2  # of two by two pixels one colour is kept
-    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with atomic_path(path) as temporary, av.open(os.path.abspath(temporary), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=fps, options={"crf": "18"} if codec == "libx264" else {"qscale": "2"})
         stream.height, stream.width = frames[0].height + odd[0], frames[0].width + odd[1]
         stream.pix_fmt = "yuv420p"

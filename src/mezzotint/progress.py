@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,16 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-#: progress and messages go to standard error, results to standard output
-console = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+#: progress and messages go to standard error, results to standard output; what is printed has anybody's paths and names
+#: in it, so brackets and colons are neither markup nor emoji
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+results = Console(highlight=False, markup=False, emoji=False)
+
+
+def print_anything() -> None:
+    """Let a console that has no letter for a character show its number, ``\\xd7``, in place of an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def progress_bar(*columns: str) -> Progress:
     """A live line: description, bar, count, the named task fields, time left. Removed when done."""
-    fields = (TextColumn("{task.fields[" + name + "]}") for name in columns)
+    fields = (TextColumn("{task.fields[" + name + "]}", markup=False) for name in columns)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         *fields,

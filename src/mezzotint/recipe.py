@@ -695,9 +695,9 @@ class Recipe(Settings):
         """(C, H, W) of what the network gives, variance apart."""
         return self._side_shape(self.backbone.output)
 
-    def to_yaml(self) -> str:
+    def to_yaml(self, *, ascii_only: bool = False) -> str:
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=not ascii_only)
 
 
 def recipe_names() -> list[str]:

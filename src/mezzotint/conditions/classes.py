@@ -2,40 +2,87 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, shortened
+
+NUMBER = re.compile("-?[0-9]+")
+
+
+class _Names:
+    """The classes that a name may mean, in any case: those of that name, else those of which it is one of the names.
+
+    ImageNet's are of the form "tench, Tinca tinca". How letters are composed (é as one or two) makes no difference.
+    """
+
+    def __init__(self, class_names: Sequence[str], null: Sequence[int] = ()) -> None:
+        self.names: dict[str, list[int]] = {"null": list(null)} if null else {}
+        self.parts: dict[str, list[int]] = {}
+        for number, name in enumerate(map(_spelt, class_names)):
+            self.names.setdefault(name, []).append(number)
+            for part in dict.fromkeys(name.split(", ")):
+                self.parts.setdefault(part, []).append(number)
+
+    def find(self, text: str) -> list[int]:
+        return self.names.get(_spelt(text)) or self.parts.get(_spelt(text)) or []
+
+
+def _spelt(name: str) -> str:
+    return ", ".join(part.strip() for part in unicodedata.normalize("NFC", name.casefold()).split(","))
+
+
+def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
+    """The names and numbers in `text`, with commas between; of names that have commas themselves, the longest first."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    names, longest = _Names(class_names), 1 + max((name.count(",") for name in class_names), default=0)
+    found = []
+    while parts:
+        whole = [length for length in range(2, longest + 1) if names.find(", ".join(parts[:length]))]
+        length = max(whole, default=1)
+        found.append(", ".join(parts[:length]))
+        del parts[:length]
+    return found
 
 
 def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
     """Class numbers for numbers or names (any case); `num_classes` itself, or the name "null", is the null class.
 
-    Raises `MezzotintError` for a name or number that the model does not know, or a name that several classes have.
+    Of a class called "tench, Tinca tinca" each part is a name, too. Where all classes are named by numbers that are not
+    their own, as folders 1 to 10 are, numbers are names. Raises `MezzotintError` for a name or number that the model
+    does not know, or a name that several classes have.
     """
     if not num_classes:
         raise MezzotintError("classes were given, but this model is unconditional; leave them out")
-    numbers: dict[str, list[int]] = {"null": [num_classes]}
-    for i, name in enumerate(class_names):
-        numbers.setdefault(name.lower(), []).append(i)
+    names = _Names(class_names, [num_classes])
+    numbered = all(map(NUMBER.fullmatch, class_names)) and list(class_names) != [
+        str(i) for i in range(len(class_names))
+    ]
     parsed = []
     for item in classes:
         text = str(item).strip()
-        if named := numbers.get(text.lower()):  # a data set's names come first: a class may be named by a digit
+        if named := names.find(text):  # a data set's names come first: a class may be named by a digit
             if len(named) > 1:
                 raise MezzotintError(
                     f"{len(named)} classes are called {text!r}: {', '.join(map(str, named))}; give one's number"
                 )
             parsed += named
-        elif text.isdigit() and int(text) <= num_classes:
+        elif NUMBER.fullmatch(text) and numbered:
+            raise MezzotintError(
+                f"class {shortened(text)} is unknown: the classes are named by numbers, and none by this one; "
+                f'{closest(text, class_names)}; "null" is no class'
+            )
+        elif NUMBER.fullmatch(text) and len(text) < 10 and 0 <= int(text) <= num_classes:
             parsed.append(int(text))
-        elif text.lstrip("-").isdigit():
-            raise MezzotintError(f"class {text} is out of range; this model has classes 0 to {num_classes - 1}")
+        elif NUMBER.fullmatch(text):
+            raise MezzotintError(f"class {text[:20]} is out of range; this model has classes 0 to {num_classes - 1}")
         else:
             hint = closest(text, class_names) if class_names else f"this model has classes 0 to {num_classes - 1}"
-            raise MezzotintError(f"class {text!r} is unknown; {hint}")
+            raise MezzotintError(f"class {shortened(text)} is unknown; {hint}")
     return parsed
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mezzotint.data.pictures import WHITE
 from mezzotint.data.transforms import picture_to_tensor
 from mezzotint.errors import MezzotintError
+from mezzotint.files import name_bytes
 
 T = TypeVar("T")
 logger = logging.getLogger("mezzotint")
@@ -314,7 +315,7 @@ def content_identity(
     name: str, split: str, image_shape: tuple[int, ...], class_names: Sequence[str], content: Iterable[bytes]
 ) -> str:
     """``name-CxHxW-split-digest``, safe as a file name; the digest is over `class_names` and `content`."""
-    digest = hashlib.sha256("\0".join(class_names).encode())
+    digest = hashlib.sha256(name_bytes("\0".join(class_names)))
     for part in content:
         digest.update(len(part).to_bytes(8, "little") + part)
     shape = "x".join(map(str, image_shape))

@@ -17,6 +17,7 @@ from mezzotint.data.pictures import ENDINGS, background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
+from mezzotint.files import name_bytes
 
 logger = logging.getLogger("mezzotint")
 
@@ -191,7 +192,7 @@ def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[t
 def file_content(file: str, root: Path) -> bytes:
     """What tells a file from others without reading it: its path within `root` and its size."""
     size = os.path.getsize(file) if os.path.exists(file) else 0  # 0: a broken link
-    return f"{os.path.relpath(file, root)}\0{size}".encode()
+    return name_bytes(f"{os.path.relpath(file, root)}\0{size}")
 
 
 def some(names: Collection[str]) -> str:

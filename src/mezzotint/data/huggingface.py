@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -229,6 +230,11 @@ def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mappin
         if saved or saved_splits:
             loaded = datasets.load_from_disk(str(folder))
         elif folder.is_dir():
+            if glob.has_magic(str(folder)):
+                raise MezzotintError(
+                    f"{folder} has *, ? or [ in its name, which the library 'datasets' takes for a pattern; rename it, "
+                    "or link to it from elsewhere"
+                )
             builder = datasets.load_dataset_builder(str(folder), config)
             _check_nothing_hidden(folder, builder.config.data_files)
             if streaming:

@@ -28,7 +28,7 @@ from mezzotint.data.pictures import background_rgb, read_picture
 from mezzotint.data.splits import check_split, held_out, pick_split, split_of, split_word
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError
-from mezzotint.files import parse_json, read_text
+from mezzotint.files import name_bytes, parse_json, read_text
 
 logger = logging.getLogger("mezzotint")
 
@@ -168,7 +168,7 @@ def web_dataset(
     place = Path(path).expanduser().resolve()
     name = place.name if place.is_dir() else place.parent.name  # of a pattern, where it is
     shape = (channels, size, size)
-    content = [f"{shard.name}\0{shard.stat().st_size}".encode() for shard in shards]
+    content = [name_bytes(f"{shard.name}\0{shard.stat().st_size}") for shard in shards]
     content.append(repr((sorted(first.places), caption_column, colour)).encode())
     return TarStream(
         shards,
@@ -248,21 +248,27 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(words) for words in product(*parts)]
 
 
+def _matching(word: str) -> list[str]:
+    """The files that a pattern means; the name of a file or folder that is there is no pattern, whatever is in it."""
+    if os.path.isfile(word) or not glob.has_magic(word):
+        return [word]
+    folder, name = os.path.split(word)
+    return sorted(glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)))
+
+
 def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         shards = pick_split(_parts(folder), split, test_fraction, f"folder of tar shards {folder}")
     else:
         pick_split({"train": folder}, split, test_fraction, f"the tar shards {path}")
-        words = expand_braces(str(folder))
+        words = [str(folder)] if folder.is_file() else expand_braces(str(folder))
         if missing := [word for word in words if not glob.has_magic(word) and not os.path.isfile(word)]:
             raise MezzotintError(
                 f"{len(missing)} of the {len(words)} tar shards of {path} are missing, the first one {missing[0]}; "
                 "set data.path to a folder of .tar files or a pattern like shards/{00000..00099}.tar"
             )
-        shards = [
-            Path(name) for word in words for name in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])
-        ]
+        shards = [Path(name) for word in words for name in _matching(word)]
     if not shards:
         raise MezzotintError(
             f"{folder} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def _sign(number: int) -> int:
 
 def _read_video(path: str, frames: int, stride: int | None) -> list[Image.Image]:
     av = pyav("videos other than GIFs")
+    path = os.path.abspath(path)  # what stands before a colon is a protocol to FFmpeg
     with av.open(path) as container:  # packets are counted without decoding them; a frame is one, if rarely none
         check_pixels(container.streams.video[0].width, container.streams.video[0].height)
         count = sum(packet.size > 0 for packet in container.demux(video=0))

@@ -41,7 +41,7 @@ from mezzotint.data.transforms import (
     to_uint8,
 )
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import tensors_digest
+from mezzotint.files import name_bytes, tensors_digest
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.recipe import DataSettings
@@ -310,7 +310,7 @@ def picture_folder(
     class_names = class_names if labelled else ()
     # Names and lengths tell most changes, and samples drawn anew differ in any picture one looks into.
     some = [files[i] for i in sorted({int(i) for i in np.linspace(0, len(files) - 1, IDENTITY_PICTURES)})]
-    content = [f"{name}\0{os.path.getsize(file)}".encode() for name, file in zip(found, files, strict=True)]
+    content = [name_bytes(f"{name}\0{os.path.getsize(file)}") for name, file in zip(found, files, strict=True)]
     content += [*(Path(file).read_bytes() for file in some), repr(colour).encode()]
     return PictureFolder(
         files,

@@ -159,7 +159,7 @@ def sweep(
             if progress and rank == 0:
                 where = ", ".join(f"{axis} {value}" for axis, value in cell.values.items())
                 took = f"{time.perf_counter() - begun:.0f} s"
-                console.print(f"cell {number} of {len(cells)}: {where}: {took}", soft_wrap=True, markup=False)
+                console.print(f"cell {number} of {len(cells)}: {where}: {took}", soft_wrap=True)
         row |= found
         scored[key] = row
     if not scored:

@@ -32,7 +32,7 @@ from mezzotint.data import (
 from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import write_text
+from mezzotint.files import is_utf8, write_text
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
@@ -83,6 +83,8 @@ def train(
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
     """
     settings, run = recipe.training, Path(run)
+    if not is_utf8(run):
+        raise MezzotintError(f"{run} is not in UTF-8, as TensorBoard's logs need it; choose another name")
     with ExitStack() as stack:
         here = stack.enter_context(world(device))
         plan = settings.plan()
