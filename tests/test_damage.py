@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+import mezzotint
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, file_checksum, read_tensors, save_tensors, tensors_checksum
+from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.seal import FIRST_LINE
 from mezzotint.training.checkpoints import MANIFEST, Checkpoints
 from mezzotint.training.parallel import World
 
@@ -57,18 +60,18 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return made
 
 
-@contextmanager
-def changed(file: Path, content: bytes) -> Iterator[None]:
-    before = file.read_bytes()
-    file.write_bytes(content)
-    yield
-    file.write_bytes(before)
-
-
-def flips(content: bytes, count: int) -> Iterator[bytes]:
-    """`content` with one bit flipped, at about `count` places from its first byte to its last."""
-    for number, place in enumerate(range(0, len(content), max(1, len(content) // count))):
-        yield content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :]
+def flips(file: Path, count: int) -> Iterator[None]:
+    """The file with one bit flipped, at about `count` places from its first byte to its last; then as it was."""
+    with open(file, "r+b", buffering=0) as opened:
+        size = file.stat().st_size
+        for number, place in enumerate(range(0, size, max(1, size // count))):
+            opened.seek(place)
+            (byte,) = opened.read(1)
+            for content in (byte ^ 1 << number % 8, byte):
+                opened.seek(place)
+                opened.write(bytes([content]))
+                if content != byte:
+                    yield
 
 
 # --------------------------------------------------------------------------------------------------- training states
@@ -79,9 +82,8 @@ def test_every_flipped_bit_of_a_state_is_found(checkpoints: Checkpoints) -> None
     files = sorted(checkpoints.path(2).iterdir())
     assert [file.name for file in files] == [".metadata", "__0_0.distcp", MANIFEST]
     for file in files:
-        for content in flips(file.read_bytes(), 100):
-            with changed(file, content):
-                assert checkpoints.latest() == 1, file.name
+        for _ in flips(file, 150):
+            assert checkpoints.latest() == 1, file.name
     read = state(0.0)
     assert checkpoints.load(2, read) == 2
     assert value_of(read) == 2
@@ -238,12 +240,11 @@ def test_every_flipped_bit_of_weights_is_found(tensors: dict[str, Tensor], tmp_p
     assert metadata == about
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     passed = 0
-    for content in flips(file.read_bytes(), 250):
-        with changed(file, content):
-            try:
-                found, metadata = read_tensors(file)
-            except MezzotintError:
-                continue
+    for _ in flips(file, 10_000):
+        try:
+            found, metadata = read_tensors(file)
+        except MezzotintError:
+            continue
         # Only the checksum's own name: without it the file is one of before, whose tensors are what they were.
         passed += 1
         assert {key: metadata[key] for key in about} == about
@@ -271,3 +272,87 @@ def test_checksums_are_crc32_of_names_shapes_dtypes_and_values(tmp_path: Path) -
     assert tensors_checksum(one, {}) == f"{zlib.crc32(b'[]x (2,) torch.uint8' + bytes([1, 2])):08x}"
     others = [{"y": one["x"]}, {"x": one["x"].view(1, 2)}, {"x": one["x"].view(torch.int8)}, {"x": one["x"].flip(0)}]
     assert len({tensors_checksum(other, {}) for other in [one, *others]} | {tensors_checksum(one, {"a": "b"})}) == 6
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture
+def run(pipeline: mezzotint.Pipeline, tmp_path: Path) -> Path:
+    """A run's folder with its recipe and a file of weights."""
+    pipeline.recipe.write(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+def test_a_runs_recipe_that_is_cut_anywhere_is_refused(run: Path, pipeline: mezzotint.Pipeline) -> None:
+    file = run / "recipe.yaml"
+    text = file.read_bytes()
+    assert load_recipe(run) == pipeline.recipe
+    for end in reversed(range(len(text) - 1)):  # the last byte ends the last line
+        os.truncate(file, end)
+        with pytest.raises(MezzotintError, match=r"recipe.yaml is cut short|is not a recipe|UTF-8"):
+            load_recipe(run)
+    file.write_bytes(text[:-1])
+    assert load_recipe(run) == pipeline.recipe
+    copy = run / "copy.yaml"
+    copy.write_bytes(text[:-20])
+    with pytest.raises(MezzotintError, match=r"copy.yaml is cut short"):
+        load_recipe(copy)
+
+
+def test_a_recipe_of_earlier_versions_is_read_where_it_is_whole(run: Path, pipeline: mezzotint.Pipeline) -> None:
+    file = run / "recipe.yaml"
+    text = pipeline.recipe.to_yaml().encode()
+    file.write_bytes(text)
+    assert load_recipe(run) == pipeline.recipe
+    for end in reversed([*range(0, len(text) - 90, 211), *range(len(text) - 90, len(text))]):
+        os.truncate(file, end)
+        with pytest.raises(MezzotintError):
+            load_recipe(run)
+    file.write_text("name: mine\ntarget: noise\n")
+    with pytest.raises(MezzotintError, match=r"every field up to guidance.channels; .*as RECIPE with --weights"):
+        load_recipe(run)
+    (run / "model.safetensors").unlink()
+    assert load_recipe(run).target == "noise", "no run: written by hand"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ("target: velocity", "target: noise", "target"),
+        ("width: 16", "width: 17", "backbone"),
+        ("  labels: true", "  labels: false", "data"),
+        ("seed: 0", "seed: 0\nextra: 1", "extra"),
+        ("variance: none\n", "", "variance"),
+    ],
+)
+def test_an_edited_recipe_of_a_run_names_what_was_changed(run: Path, before: str, after: str, changed: str) -> None:
+    file = run / "recipe.yaml"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+    with pytest.raises(MezzotintError, match=rf"recipe.yaml is not what the run wrote: {changed} changed; undo that"):
+        load_recipe(run)
+    (run / "elsewhere").mkdir()
+    (run / "elsewhere" / "recipe.yaml").write_text(text.replace("target: velocity", "target: noise"))
+    assert load_recipe(run / "elsewhere").target == "noise", "a copy that is no run's any more may say anything"
+
+
+def test_what_may_be_edited_in_a_runs_recipe(run: Path) -> None:
+    file = run / "recipe.yaml"
+    text = file.read_text()
+    for before, after in (
+        ("name: digits", "name: mine"),
+        ("  path: null", "  path: elsewhere"),
+        ("  sampler: ode-heun", "  sampler: ddim   # better"),
+        ("  scale: 1.0\n  interval", "  scale: 4.0\n  interval"),
+        ("  log_every: 2", "  log_every: 5"),
+        (FIRST_LINE, FIRST_LINE + "# My notes.\n"),
+    ):
+        assert before in text
+        text = text.replace(before, after, 1)
+    file.write_text(text + "# and more\n")
+    recipe: Recipe = load_recipe(run)
+    assert (recipe.name, recipe.data.path, recipe.sampling.sampler) == ("mine", "elsewhere", "ddim")
+    assert (recipe.guidance.scale, recipe.training.log_every) == (4.0, 5)

@@ -26,6 +26,7 @@ from mezzotint.interpolants import InterpolantName
 from mezzotint.representations import TOKENIZERS, FitSettings
 from mezzotint.representations.tokenizer import INFO, OWN_FOLDER, check_settings
 from mezzotint.samplers import Sampler
+from mezzotint.seal import check_unchanged, check_uncut, sealed
 from mezzotint.settings import Settings
 from mezzotint.targets import Target
 from mezzotint.weightings import WeightingName
@@ -699,6 +700,10 @@ class Recipe(Settings):
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=not ascii_only)
 
+    def write(self, folder: Path) -> None:
+        """Write the recipe.yaml of a run's folder, sealed (`mezzotint.seal`)."""
+        files.write_text(folder / "recipe.yaml", sealed(self.to_yaml()))
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that the library ships."""
@@ -794,6 +799,7 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
         if path.stat().st_size > MAX_BYTES:
             raise MezzotintError(f"{source} is not a recipe: it has more than {MAX_BYTES:,} bytes")
         text = files.read_text(path)
+        check_uncut(path, text)
     elif str(source) in (names := recipe_names()):
         text = (resources.files("mezzotint.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") or "/" in str(source):
@@ -808,6 +814,8 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
         raise MezzotintError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise MezzotintError(f"{source} is not a recipe: expected a mapping of keys to values")
+    if path.name == "recipe.yaml" and is_file and "extends" not in values:
+        check_unchanged(path, text, values, ("guidance", [*Guidance.model_fields]))
     base = values.pop("extends", None)
     base = read_text(base) if isinstance(base, Written) else base
     if base is not None and not isinstance(base, str):

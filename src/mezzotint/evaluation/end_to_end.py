@@ -259,7 +259,7 @@ def _save(
     recipe = pipeline.recipe
     about = {"layer": classifier.layer, "t": repr(classifier.t), "class_names": json.dumps(class_names)}
     with new_folder(out) as folder:
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        recipe.write(folder)
         if recipe.representation.name in TOKENIZERS:  # so that the folder needs no other
             shutil.copytree(Path(cast(str, recipe.representation.path)).expanduser(), folder / OWN_FOLDER)
         save_weights(classifier.parts, folder / WEIGHTS, about)

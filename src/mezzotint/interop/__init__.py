@@ -135,7 +135,7 @@ def convert(
         if to == "diffusers":
             diffusers.write_folder(checkpoint, folder, vae)
         else:
-            (folder / "recipe.yaml").write_text(checkpoint.recipe.to_yaml(), encoding="utf-8")
+            checkpoint.recipe.write(folder)
             header = {
                 "format": "mezzotint",
                 "class_names": json.dumps(checkpoint.class_names),

@@ -155,7 +155,7 @@ def train(
 
         # -------------------------------------------------------------------------------------------------- resume
         if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
-            write_text(run / "recipe.yaml", recipe.to_yaml())
+            recipe.write(run)
         if step:
             state = training_state(denoiser, optimizer, ema)
             step = checkpoints.load(step, state)  # the averages are filled in place
