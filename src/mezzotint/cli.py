@@ -29,6 +29,12 @@ def _complete_recipe(incomplete: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
+def _seed(seed: int) -> int:
+    from mezzotint.randomness import check_seed
+
+    return check_seed(seed)
+
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -65,7 +71,7 @@ ModelOverrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
 Seed = Annotated[
-    int, typer.Option(min=0, help="Seed of the noise; image i depends on it, on i and on its class alone.")
+    int, typer.Option(callback=_seed, help="Seed of the noise; image i depends on it, on i and on its class alone.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
 Weights = Annotated[
@@ -484,7 +490,10 @@ def probe(
         bool, typer.Option("--augment", help="linear: crop and flip at random; a forward pass an epoch, nothing kept.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the images' noise, of the probes' weights and of the order of images.")
+        int,
+        typer.Option(
+            callback=_seed, help="Seed of the images' noise, of the probes' weights and of the order of images."
+        ),
     ] = 0,
     batch_size: BatchSize = 256,
     weights: Weights = "model",

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mezzotint.errors import MezzotintError
+from mezzotint.finite import check_finite
 
 CHECKSUM = "crc32"  # the key of a safetensors header under which `save_tensors` keeps `tensors_checksum`
 READ_SIZE = 2**18  # bytes; stays in a processor's cache between reading and summing
@@ -86,7 +87,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file at `path`, which `atomic_path` or a folder of its own makes whole or nothing.
 
-    Its header gets `tensors_checksum`, which `read_tensors` verifies. Raises `OSError` for a full disk.
+    Its header gets `tensors_checksum`, which `read_tensors` verifies. Raises `OSError` for a full disk, and
+    `MezzotintError` for numbers that are not finite.
     """
     kept: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -96,6 +98,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             tensor = tensor.clone()  # no two tensors in the file may share memory, as parts of a mapped one do
         storages.add(storage)
         kept[name] = tensor
+    check_finite(kept, "what was to be written")
     try:
         save_file(kept, path, metadata | {CHECKSUM: tensors_checksum(kept, metadata)})
     except SafetensorError as error:  # a full disk, in safetensors' words

@@ -21,6 +21,7 @@ from mezzotint.conditions.text import Bytes, Captioner, Text
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, read_tensors, save_tensors
+from mezzotint.finite import check_finite, nonfinite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
@@ -207,9 +208,10 @@ def header_list(metadata: Mapping[str, str], key: str, source: str | Path) -> tu
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load `tensors` into `module`, all of them and nothing else; otherwise raise `MezzotintError` with the list.
+    """Load `tensors` into `module`, all of them and nothing else.
 
     Where `module` has floating point, theirs may have another width, of 16 bits at least: anything else is quantised.
+    Raises `MezzotintError` with the list of what does not fit, and for numbers that are not finite.
     """
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]
@@ -230,6 +232,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
                 f"{'floating point of 16 bits or more' if floating else wanted[name].dtype}; quantised weights are not "
                 "supported"
             )
+    check_finite(tensors, source)
     module.load_state_dict(tensors)
 
 
@@ -321,7 +324,7 @@ def sample_levels(
         raise MezzotintError(f"count must be at least 1, got {count}")
     labels = choose_labels(pipeline, classes, count, prompts)
     batches = [space.decode_levels(states[-1]) for states in state_batches(pipeline, labels, range(count), **options)]
-    return [torch.cat(level).float().cpu() for level in zip(*batches, strict=True)]
+    return [check_images(torch.cat(level).float().cpu(), range(count)) for level in zip(*batches, strict=True)]
 
 
 def sample_batches(
@@ -337,11 +340,25 @@ def sample_batches(
     Raises `MezzotintError` as `sample` does.
     """
 
-    def decode(x: Tensor) -> Tensor:
-        return pipeline.representation.decode(x).float().cpu()
-
+    first = 0
     for states in state_batches(pipeline, labels, indices, trajectory=trajectory, **options):
-        yield torch.stack([decode(x) for x in states]) if trajectory else decode(states[-1])
+        chosen = indices[first : first + len(states[-1])]
+        first += len(chosen)
+        walked = states if trajectory else states[-1:]
+        decoded = [check_images(pipeline.representation.decode(x).float().cpu(), chosen) for x in walked]
+        check_images(states[-1], chosen)  # an infinity, which a decoder may have clamped
+        yield torch.stack(decoded) if trajectory else decoded[0]
+
+
+def check_images(images: Tensor, indices: Sequence[int]) -> Tensor:
+    """`images` (B, ...), those of these numbers, or their latents; raises `MezzotintError` where one is not finite."""
+    if nonfinite({"images": images}) is not None:
+        bad = [index for index, image in zip(indices, images, strict=True) if not image.isfinite().all()]
+        raise MezzotintError(
+            f"the model gave NaN or infinite numbers for {len(bad)} of {len(images)} images, the first being number "
+            f"{bad[0]}; lower the guidance, take more steps, another sampler or precision fp32, or look at the weights"
+        )
+    return images
 
 
 def conditional_model(

@@ -27,7 +27,7 @@ from mezzotint.representations import TOKENIZERS, FitSettings
 from mezzotint.representations.tokenizer import INFO, OWN_FOLDER, check_settings
 from mezzotint.samplers import Sampler
 from mezzotint.seal import check_unchanged, check_uncut, sealed
-from mezzotint.settings import Settings
+from mezzotint.settings import Decay, LearningRate, Seed, Settings
 from mezzotint.targets import Target
 from mezzotint.weightings import WeightingName
 from mezzotint.written import Written, as_written, read_text, read_yaml
@@ -422,7 +422,7 @@ class Stage(Settings):
     """Optimizer steps."""
     batch_size: int | None = Field(None, ge=1)
     """Global batch size."""
-    lr: float | None = Field(None, gt=0)
+    lr: LearningRate | None = None
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "linear"] | None = None
     """After warm-up: constant, or a decay to zero at the stage's last step."""
@@ -452,7 +452,7 @@ class TrainingSettings(Settings):
     """Global batch size: over all processes and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per step; each process splits its share of the batch in so many."""
-    lr: float = Field(1e-4, gt=0)
+    lr: LearningRate = 1e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After warm-up: constant, or a cosine or linear decay to zero at the last step."""
@@ -460,9 +460,9 @@ class TrainingSettings(Settings):
     """Steps over which the learning rate rises linearly from zero."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay; state-space parameters (Δ, A, C, D) have none."""
-    ssm_lr: float | None = Field(None, gt=0)
+    ssm_lr: LearningRate | None = None
     """Peak learning rate of state-space parameters. None: that of all others."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas."""
     grad_clip: float | None = Field(None, gt=0)
     """Clip the gradient's global norm to this. None: do not clip."""
@@ -473,7 +473,7 @@ class TrainingSettings(Settings):
     freeze: tuple[str, ...] = ()
     """Glob patterns of parameters that keep their values, e.g. blocks.*; one after a "!" is trained after all."""
     lora: LoRASettings = LoRASettings()
-    ema: tuple[float, ...] = (0.9999,)
+    ema: tuple[Decay, ...] = (0.9999,)
     """Decays of the averaged weights; the first is the run's model."""
     ema_warmup: bool = False
     """Cap each decay at (1 + step) / (10 + step), so that short runs forget their initial weights."""
@@ -525,7 +525,7 @@ class Recipe(Settings):
     """The recipe's name."""
     description: str = ""
     """One line: what this is, and where it comes from."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of everything random in training."""
     init: str | None = None
     """Weights to start from: a run folder, an official file, a safetensors file or a diffusers folder; the network then

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from mezzotint.errors import MezzotintError, closest, shortened
+from mezzotint.randomness import check_seed
 from mezzotint.written import read_field
+
+#: the largest number of float32, in which nearly everything is computed
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
+def _seed(value: Any) -> Any:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # a float: of too many bits
+    return check_seed(int(value)) if whole else value
+
+
+#: of an average of gradients or weights: 1 would never move
+Decay = Annotated[float, Field(ge=0, lt=1)]
+#: beyond, the very first step of Adam, lr / (1 - beta_1), may overflow float32; far below, the loss tells
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
+#: as everywhere, 64 bits without a sign
+Seed = Annotated[int, BeforeValidator(_seed)]
 
 
 class Settings(BaseModel):
-    """A frozen record whose fields are validated when it is made."""
+    """A frozen record whose fields are validated when it is made. Every number in it is finite, and fits float32."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and abs(number) > FLOAT32_MAX:
+                raise PydanticCustomError("float32", "numbers go up to 3.4e38, the largest of float32")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from mezzotint.data.base import (
 )
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
+from mezzotint.randomness import check_seed
 
 STREAM_PREFETCH = 2  # batches that a stream reads ahead; `DataLoader`'s own number, too
 
@@ -56,8 +57,7 @@ class BatchOrder:
             raise MezzotintError(f"the batch size is {self.batch_size}; expected at least 1")
         if self.num_examples == 0:
             raise MezzotintError("the data set holds no examples; expected at least 1, so check data.path")
-        if self.seed < 0:
-            raise MezzotintError(f"the seed is {self.seed}; expected 0 or more")
+        check_seed(self.seed)
 
     @classmethod
     def over(cls, dataset: ImageDataset | ImageStream, batch_size: int, seed: int = 0) -> BatchOrder:

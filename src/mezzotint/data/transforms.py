@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mezzotint.data.pictures import WHITE, flatten
 from mezzotint.errors import MezzotintError
+from mezzotint.finite import nonfinite
 
 PIL_MODES = {1: "L", 3: "RGB"}
 """PIL's name for an image of so many channels."""
@@ -38,7 +39,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of `to_float`, any shape: rounds to the nearest level and clamps what lies outside [−1, 1]."""
+    """The inverse of `to_float`, any shape: rounds to the nearest level and clamps what lies outside [−1, 1].
+
+    Raises `MezzotintError` for NaN and infinities, which would be black, white or anything.
+    """
+    if nonfinite({"images": images}) is not None:
+        raise MezzotintError("the images hold NaN or infinite numbers; look at the model or the data that gave them")
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import MezzotintError
+from mezzotint.randomness import check_seed
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def bootstrap(
     lengths = [len(array) for array in arrays]
     if paired and len(set(lengths)) > 1:
         raise MezzotintError(f"paired arrays must be equally long, got {', '.join(map(str, lengths))} rows")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
 
     def draw(length: int) -> Tensor:
         return torch.randint(length, (length,), generator=generator)

@@ -18,7 +18,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.sources import image_source
 from mezzotint.features import check_time
 from mezzotint.images import save_grid
-from mezzotint.pipeline import Pipeline
+from mezzotint.pipeline import Pipeline, check_images
 from mezzotint.representations import PatchPCA, Tokenizer
 from mezzotint.samplers import example_generators, randn
 
@@ -56,7 +56,7 @@ def denoise(pipeline: Pipeline, images: Tensor, t: float, *, seed: int = 0) -> t
     y = None
     if denoiser.text:
         y = pipeline.no_caption[torch.zeros(len(x), dtype=torch.int64, device=x.device)]
-    found = network_image(pipeline, denoiser(x_t, t, y))
+    found = check_images(network_image(pipeline, denoiser(x_t, t, y)), range(len(x)))
     return space.decode(x_t).float().cpu().clamp(-1, 1), found.float().cpu().clamp(-1, 1)
 
 

@@ -43,7 +43,7 @@ from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings, TrainingSettings, load_recipe
 from mezzotint.representations import TOKENIZERS
 from mezzotint.representations.tokenizer import OWN_FOLDER
-from mezzotint.settings import Settings
+from mezzotint.settings import Decay, LearningRate, Seed, Settings
 from mezzotint.training.ema import EMA
 from mezzotint.training.loop import set_lr
 
@@ -63,13 +63,13 @@ class FinetuneSettings(Settings):
     """Times that the training images are gone through (MAE: 100 for ViT-B, 50 for ViT-L)."""
     batch_size: int = Field(1024, ge=1)
     """Images of a step; all of them, where there are fewer."""
-    lr: float | None = Field(None, gt=0)
+    lr: LearningRate | None = None
     """Peak learning rate of the classifier's own layers. None: 1e-3 for each 256 images of a batch."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which it rises linearly (MAE: 5 of 100 epochs); a cosine to zero follows."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's, of matrices; vectors and state-space parameters have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's."""
     layer_decay: float = Field(0.65, gt=0, le=1)
     """What the learning rate is multiplied by from a layer to the one before it (l-DAE: 0.85 for ViT-B; MAE: 0.75)."""
@@ -94,7 +94,7 @@ class FinetuneSettings(Settings):
     """Decay of averaged weights, which are scored and kept, capped at (1 + step) / (10 + step). None: none (MAE)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast the network."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of the new layers, the order of the images and all that is drawn."""
 
 

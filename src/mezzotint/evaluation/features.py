@@ -119,7 +119,7 @@ class FeatureNetwork:
         if self._embed is None:
             raise MezzotintError(f"the feature network {self.name} knows no text; choose clip")
         with torch.no_grad(), self._arithmetic():
-            return self._embed(captions).float()
+            return self._checked("text", self._embed(captions), len(captions))
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self._precision == "bf16":

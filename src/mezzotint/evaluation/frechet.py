@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.statistics import FeatureStatistics, as_features, same_width
+from mezzotint.randomness import check_seed
 
 log = logging.getLogger("mezzotint")
 
@@ -92,7 +93,7 @@ def frechet_distance_infinity(
             "draw more samples or lower it"
         )
     reference = _gaussian(real, "real")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     sizes = np.linspace(smallest, len(fake), points).astype(int)
     distances = []
     for size in sizes.tolist():

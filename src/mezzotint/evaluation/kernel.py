@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.statistics import feature_pair
+from mezzotint.randomness import check_seed
 
 
 def kernel_distance(
@@ -40,7 +41,7 @@ def kernel_distance(
                 f"subset_size {subset_size} is above the number of {name} samples, {len(features)}; lower it, or pass "
                 "subsets=None for one estimate from all"
             )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
 
     def draw(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:subset_size].to(features.device)]

@@ -30,7 +30,7 @@ from mezzotint.pretrained import from_hub, quiet, transformers_for
 from mezzotint.progress import track
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings
-from mezzotint.settings import Settings
+from mezzotint.settings import Decay, LearningRate, Settings
 from mezzotint.training.loop import set_lr
 from mezzotint.training.parallel import choose_device
 
@@ -56,13 +56,13 @@ class MAESettings(Settings):
     """Share of the patches that the encoder does not see."""
     norm_pix_loss: bool = True
     """Whether pixels to predict are standardised in each patch."""
-    lr: float | None = Field(None, gt=0)
+    lr: LearningRate | None = None
     """Peak learning rate. None: 1.5e-4 for each 256 images of a batch."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which it rises linearly (40 of 800 epochs); a cosine to zero follows."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's, of matrices; vectors have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's."""
     crop: float = Field(0.2, gt=0, le=1)
     """Smallest share of an image's area that a random crop has; 1: no crops."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mezzotint.data import BatchOrder
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.lars import LARS
+from mezzotint.randomness import check_seed
 
 #: of MAE's protocol
 BATCH_SIZE, BASE_LR, WARMUP = 16384, 0.1, 10 / 90
@@ -97,7 +98,9 @@ class LinearProbe:
     ) -> None:
         """count: how many examples there are to train on."""
         self.head = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01, generator=torch.Generator().manual_seed(protocol.seed))
+        nn.init.trunc_normal_(
+            self.head.weight, std=0.01, generator=torch.Generator().manual_seed(check_seed(protocol.seed))
+        )
         nn.init.zeros_(self.head.bias)
         self.model = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), self.head).to(device)
         self.optimizer: torch.optim.Optimizer
@@ -190,7 +193,9 @@ def ridge_probe(train: Labelled, test: Labelled, num_classes: int, *, seed: int 
     largest; then all are fitted. Raises MezzotintError for fewer than 2 examples.
     """
     _check(train)
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)).to(train.labels.device)
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(check_seed(seed))).to(
+        train.labels.device
+    )
     held_out, rest = order[: max(1, len(order) // 5)], order[max(1, len(order) // 5) :]
     path = _RidgePath(train.rows(rest), num_classes)
     validation = train.rows(held_out)

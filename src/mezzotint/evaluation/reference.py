@@ -29,6 +29,7 @@ from mezzotint.evaluation.features import FeatureNetwork, extract, is_inception
 from mezzotint.evaluation.sources import ImageSource, image_source, of_first
 from mezzotint.evaluation.statistics import FeatureStatistics
 from mezzotint.files import atomic_path, cache_folder
+from mezzotint.finite import check_finite
 from mezzotint.recipe import DataSettings
 
 #: raise whenever the content of a reference changes for the same images and network
@@ -72,13 +73,12 @@ class Reference:
         with _reading(path) as arrays:
             if "network" not in arrays or "rows" not in arrays:
                 raise MezzotintError(f"{path} does not say by which network it was made; expected a saved reference")
-            return cls(
-                str(arrays["network"]),
-                str(arrays["source"]),
-                _statistics(arrays, path),
-                torch.from_numpy(arrays["rows"]),
-                torch.from_numpy(arrays["indices"]),
-            )
+            rows, indices = torch.from_numpy(arrays["rows"]), torch.from_numpy(arrays["indices"])
+            statistics = _statistics(arrays, path)
+            if rows.ndim != 2 or rows.shape[1] != statistics["features"].width or indices.shape != rows.shape[:1]:
+                raise MezzotintError(f"{path} keeps features of another shape than its statistics; make it anew")
+            check_finite({"rows": rows}, str(path))
+            return cls(str(arrays["network"]), str(arrays["source"]), statistics, rows, indices)
 
 
 def reference_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mezzotint.evaluation.kernel import kernel_distance
 from mezzotint.evaluation.manifold import density_coverage, precision_recall
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.sources import ImageSource, image_source, random_order
+from mezzotint.finite import check_finite
 from mezzotint.guidance import ConditionalModel
 from mezzotint.pipeline import Pipeline
 from mezzotint.recipe import DataSettings, load_recipe, recipe_names
@@ -176,6 +178,9 @@ def figures(
         made[f"{frechet}, 95 % interval"] = [held.low, held.high]
     if kind == "classifier" and seen.logits is not None and seen.labels is not None:
         made["class agreement"] = (seen.logits.argmax(1) == seen.labels).double().mean().item()
+    for name, value in made.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MezzotintError(f"{name} of {seen.source} came out as {value}; look at the images and the reference")
     return made
 
 
@@ -201,6 +206,7 @@ def mean_bits_per_dim(
         log_p = log_likelihood(ConditionalModel(pipeline.denoiser, y), x, generator=generators)
         bits.append(bits_per_dim(log_p, x[0].numel()).cpu())
     values = torch.cat(bits)
+    check_finite({"bits per dimension": values}, "these images under the model")
     return {"bits_per_dim": values.mean().item(), "bits_per_dim_error": (values.std() / len(values) ** 0.5).item()}
 
 

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path
+from mezzotint.finite import check_finite
 
 #: rows of a whole array that are made float64 at a time
 BLOCK = 4096
@@ -120,7 +121,7 @@ class FeatureStatistics:
         """The statistics that `to_arrays` or another tool wrote; n may be missing.
 
         ADM keeps those of its spatial features (sFID) in the same file, under the suffix "_s". Raises
-        `MezzotintError` where mu or sigma is missing or their shapes do not fit together.
+        `MezzotintError` where mu or sigma is missing or not finite, or their shapes do not fit together.
         """
         names = [f"mu{suffix}", f"sigma{suffix}"]
         if not all(name in arrays for name in names):
@@ -131,6 +132,7 @@ class FeatureStatistics:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
             raise MezzotintError(f"{names[0]} and {names[1]} must be shaped (D,) and (D, D) with one D, got {shapes}")
+        check_finite({names[0]: mean, names[1]: covariance}, "the statistics")
         statistics.n = int(arrays[f"n{suffix}"]) if f"n{suffix}" in arrays else None
         if statistics.n is not None and statistics.n < 2:
             raise MezzotintError(f"a covariance needs at least 2 samples, but n is {statistics.n}")

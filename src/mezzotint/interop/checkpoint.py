@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mezzotint.backbones import DIT_CONFIGS
 from mezzotint.backbones.layers import TIME_FREQUENCIES, position_table
 from mezzotint.errors import MezzotintError
+from mezzotint.finite import check_finite
 from mezzotint.pipeline import build_backbone, header_list, load_tensors
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
 from mezzotint.written import read_yaml
@@ -272,10 +273,12 @@ def empty_backbone(recipe: Recipe) -> nn.Module:
 def check(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint`, if its tensors are all that its recipe's network needs and nothing else.
 
-    Raises `MezzotintError` with the list of what is missing, unexpected or misshapen, and for quantised weights.
+    Raises `MezzotintError` with the list of what is missing, unexpected or misshapen, for quantised weights and
+    for numbers that are not finite.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in checkpoint.tensors.items()}
     load_tensors(empty_backbone(checkpoint.recipe), shapes, checkpoint.source)
+    check_finite(checkpoint.tensors, checkpoint.source)
     return checkpoint
 
 

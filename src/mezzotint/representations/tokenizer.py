@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mezzotint.errors import MezzotintError
 from mezzotint.files import file_checksum, read_tensors, save_tensors, write_text
-from mezzotint.settings import Settings
+from mezzotint.finite import check_finite
+from mezzotint.settings import Decay, LearningRate, Settings
 
 TokenizerName = Literal["patch-pca", "patch-ae", "patch-vae", "conv-vae"]
 TOKENIZERS: tuple[str, ...] = get_args(TokenizerName)
@@ -45,9 +46,9 @@ class FitSettings(Settings):
     """All but patch-pca: optimizer steps."""
     batch_size: int = Field(64, ge=1)
     """All but patch-pca: images in a step."""
-    lr: float = Field(1e-3, gt=0)
+    lr: LearningRate = 1e-3
     """All but patch-pca: Adam's peak learning rate, of the discriminator too; both decay to zero along a cosine."""
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Decay, Decay] = (0.5, 0.9)
     """All but patch-pca: Adam's betas."""
     reconstruction: Literal["l1", "l2"] = "l2"
     """All but patch-pca: absolute or squared differences, summed over an image."""
@@ -402,6 +403,7 @@ def open_tokenizer(
     try:
         tensors, about = read_tensors(folder / WEIGHTS)
         described = about.get(INFO_CHECKSUM) in (None, file_checksum(folder / INFO))
+        check_finite(tensors, str(folder / WEIGHTS))
         tokenizer.load_state_dict(tensors)
         tokenizer.digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
     except (OSError, MezzotintError, RuntimeError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.denoiser import Model
+from mezzotint.errors import MezzotintError
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])
 
@@ -56,7 +57,10 @@ def dopri5(
 def integrate(
     slope: Callable[[float, State], State], start: State, times: Sequence[float], *, rtol: float, atol: float
 ) -> State:
-    """Solve d state / dt = slope(t, state) by dopri5, asking no t outside `times`; the states at those, stacked."""
+    """Solve d state / dt = slope(t, state) by dopri5, asking no t outside `times`; the states at those, stacked.
+
+    Raises `MezzotintError` where no step is small enough, as where the slope is NaN.
+    """
     from torchdiffeq import odeint
 
     low, high = sorted((times[0], times[-1]))
@@ -68,4 +72,9 @@ def integrate(
     def inside(t: Tensor, state: State) -> State:
         return slope(min(max(t.item(), low), high), state)
 
-    return odeint(inside, start, grid, rtol=rtol, atol=atol, method="dopri5", options={"step_t": grid[-1:]})
+    try:
+        return odeint(inside, start, grid, rtol=rtol, atol=atol, method="dopri5", options={"step_t": grid[-1:]})
+    except AssertionError as error:  # the solver's word for steps that have become too small, and for NaN
+        raise MezzotintError(
+            f"dopri5 came to no end ({error}); look for NaN in the model's weights, or raise rtol and atol"
+        ) from None

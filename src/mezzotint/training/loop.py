@@ -33,6 +33,7 @@ from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
 from mezzotint.files import is_utf8, write_text
+from mezzotint.finite import nonfinite
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
@@ -159,27 +160,49 @@ def train(
         if step:
             state = training_state(denoiser, optimizer, ema)
             step = checkpoints.load(step, state)  # the averages are filled in place
+            if bad := _poisoned(state):
+                raise MezzotintError(
+                    f"{checkpoints.path(step)} holds NaN or infinite numbers ({bad}); remove it to go on from the "
+                    "checkpoint before"
+                )
             set_state_dict(backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"])
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
         if here.is_main and not quiet:
             console.print(f"resuming {run} at step {step}, {trained}" if step else trained)
 
-        def check(losses: list[Tensor], finished: int) -> list[float]:
-            """The global losses of the steps up to `finished` as numbers; a non-finite one stops the run."""
-            values = here.mean(torch.stack(losses)).tolist() if losses else []
-            for number, value in enumerate(values, finished - len(values)):
-                if not math.isfinite(value):
-                    raise _diverged(value, number, order.indices(number - first), checkpoints)
-            return values
+        def check(finished: int) -> list[float]:
+            """The global losses of the pending steps up to `finished` as numbers; a non-finite one stops the run.
 
-        def save(step: int) -> None:
-            checkpoints.save(step, training_state(denoiser, optimizer, ema))
+            So does the norm of a step's gradients, where they are clipped and it is known.
+            """
+            count = len(losses)
+            values = here.mean(torch.stack([*losses, *norms])).tolist() if losses else []
+            for number, step in enumerate(range(finished - count, finished)):
+                for what, value in zip(("loss", "gradients' norm"), values[number::count], strict=False):
+                    if not math.isfinite(value):
+                        raise _diverged(what, value, step, order.indices(step - first), checkpoints)
+            return values[:count]
+
+        def good_state(step: int) -> dict[str, Any]:
+            """The state after `step` steps; what the last of them made of it shows in no loss yet."""
+            state = training_state(denoiser, optimizer, ema)
+            if here.any(bool(bad := _poisoned(state))):
+                raise MezzotintError(
+                    f"step {step} made NaN or infinite numbers ({bad or 'on another process'}), although its loss is "
+                    f"finite; {_way_on(checkpoints)}"
+                )
+            return state
+
+        def save(step: int, state: dict[str, Any]) -> None:
+            checkpoints.save(step, state)
             if here.is_main:
                 export(averaged, ema, run, step)
 
         # ---------------------------------------------------------------------------------------------------- loop
         interrupted = stack.enter_context(catch_signals())
-        pending: list[Tensor] = []  # this process's losses since the last check, still on the device
+        # This process's losses, and its gradients' norms, since the last log line, still on the device.
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
         for number, stage in enumerate(plan):
             own, first = stage.settings, stage.first
             if step >= first + own.steps:
@@ -222,34 +245,45 @@ def train(
                     rows = slice(k * micro, (k + 1) * micro)
                     last = k == settings.accumulate - 1
                     with nullcontext() if last or here.size == 1 else parallel_objective.no_sync(), autocast:  # type: ignore[operator]
-                        losses = parallel_objective(x[rows], None if y is None else y[rows], draw.rows(rows))
-                        part = losses["loss"].mean() / settings.accumulate
+                        found = parallel_objective(x[rows], None if y is None else y[rows], draw.rows(rows))
+                        part = found["loss"].mean() / settings.accumulate
                         part.backward()
                     loss += part.detach()
                 if settings.grad_clip is not None:
-                    torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip)
+                    norms.append(torch.nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 ema.update(denoiser, step)
-                pending.append(loss)
+                losses.append(loss)
 
                 finished = step == settings.steps
                 due = finished or step % settings.log_every == 0 or step == first + own.steps
                 # A signal reaches the processes at different steps; they agree on when to stop where they meet anyway.
                 stop = interrupted() if here.size == 1 else due and here.any(interrupted())
                 save_now = finished or stop or step % settings.checkpoint_every == 0
+                validate_now = settings.validate_every > 0 and (finished or step % settings.validate_every == 0)
+                show_now = settings.sample_every > 0 and (finished or step % settings.sample_every == 0)
+                if due or save_now or validate_now or show_now:
+                    values = check(step)
                 if due or save_now:
-                    values = check(pending, step)
-                    pending.clear()
+                    losses.clear()
+                    norms.clear()
                     log.losses(step, values, optimizer.param_groups[0]["lr"], own.batch_size)
                 log.advance(step)
-                if test_set is not None and (finished or step % settings.validate_every == 0) and here.is_main:
-                    log.scalar(step, "loss/validation", validation_loss(recipe, averaged, test_set, stage.levels))
-                if settings.sample_every and (finished or step % settings.sample_every == 0) and here.is_main:
+                state = good_state(step) if save_now else {}
+                if test_set is not None and validate_now and here.is_main:
+                    validation = validation_loss(recipe, averaged, test_set, stage.levels)
+                    if math.isfinite(validation):
+                        log.scalar(step, "loss/validation", validation)
+                    else:
+                        logger.warning(
+                            "the validation loss is %s at step %d; look at the held-out data", validation, step
+                        )
+                if show_now and here.is_main:
                     log.grid(step, averaged, run / "samples", stage.levels)
                 if save_now:
-                    save(step)
+                    save(step, state)
                 if stop and not finished:
                     raise KeyboardInterrupt
         if not log.saw_steps and here.is_main:  # resumed after the end: make sure that the weights are there
@@ -484,15 +518,25 @@ def validation_loss(
     return torch.cat(losses).mean().item()
 
 
-def _diverged(value: float, step: int, examples: Tensor, checkpoints: Checkpoints) -> MezzotintError:
+def _poisoned(state: dict[str, Any]) -> str | None:
+    """The name of the first tensor of a training state that holds NaN or an infinity."""
+    flat = _flat({**state, "ema": {str(number): average for number, average in enumerate(state["ema"])}})
+    return nonfinite({name: value for name, value in flat.items() if isinstance(value, Tensor)})
+
+
+def _diverged(what: str, value: float, step: int, examples: Tensor, checkpoints: Checkpoints) -> MezzotintError:
     listed = ", ".join(map(str, examples[:16].tolist()))
     listed += f", … ({len(examples)} in all)" if len(examples) > 16 else ""
+    return MezzotintError(
+        f"the {what} became {value} at step {step + 1} (examples {listed}); {_way_on(checkpoints)}, or look at those "
+        "examples"
+    )
+
+
+def _way_on(checkpoints: Checkpoints) -> str:
     last = checkpoints.latest()
     good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
-    return MezzotintError(
-        f"the loss became {value} at step {step + 1} (examples {listed}); {good}. Lower training.lr, set "
-        "training.grad_clip, or look at those examples"
-    )
+    return f"{good}. Lower training.lr or set training.grad_clip"
 
 
 @contextmanager
