@@ -122,7 +122,7 @@ def test_a_begun_run_is_not_mixed_with_another(
     word: str,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "sample_batches", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(archive.np, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 30)
     if change.pop("weights", 0):

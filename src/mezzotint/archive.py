@@ -23,6 +23,7 @@ from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.progress import console
 
 POLL_SECONDS = 1.0
+PLAN = "plan.json"
 
 
 def sample_to_npz(
@@ -44,51 +45,66 @@ def sample_to_npz(
     Process `rank` of `world_size` draws every world_size-th part of about `batch_size` images into the folder
     PATH.parts, which all processes see; the first one waits for the rest and joins them. What is there already is not
     drawn again, so a killed run is continued by the same command, on any number of processes. PATH.json says what the
-    file holds; where it says the same, nothing is done. Raises `MezzotintError` as `sample` does, and where PATH.parts
-    is of other settings.
+    file holds, with the file's checksums; where it says the same, nothing is done. Nothing is written before the first
+    images are drawn. Raises `MezzotintError` as `sample` does, and where PATH.parts is of other settings or PATH a
+    folder.
     """
     path = Path(path)
     if count < 1:
         raise MezzotintError(f"count must be at least 1, got {count}")
     if len(pipeline.denoiser.level_shapes[-1]) == 4:
         raise MezzotintError("ADM's .npz holds images, and this model draws clips; use sample and save_video")
+    if path.is_dir():
+        raise MezzotintError(f"{path} is a folder; choose another place for the .npz, or remove it first")
     labels = choose_labels(pipeline, classes, count, prompts)
     plan = _plan(pipeline, listed(labels), negative_prompt, count, seed)
     note, parts = path.with_name(path.name + ".json"), path.with_name(path.name + ".parts")
 
     def finished() -> bool:
-        return path.is_file() and _read(note) == plan
+        checksums = _checksums(path)
+        return checksums is not None and _read(note) == plan | checksums
+
+    def draw(start: int, stop: int) -> np.ndarray:
+        drawn = sample_batches(
+            pipeline,
+            labels,
+            range(start, stop),
+            negative_prompt=negative_prompt,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return adm_pixels(torch.cat(list(drawn)))
 
     if finished():
+        if rank == 0 and (_read(parts / PLAN) or {}).get("plan") == plan:  # killed before they were removed
+            shutil.rmtree(parts, ignore_errors=True)
         return path
-    size = _agree(parts, plan, batch_size)
-    starts = range(0, count, size)
-    for number, start in enumerate(starts[rank::world_size], 1):
-        indices = range(start, min(start + size, count))
-        part = parts / f"{start:09d}.npy"
-        if part.is_file() or finished():
+    size, start = _begun(parts, plan), rank * batch_size
+    ready: dict[int, np.ndarray] = {}
+    if size is None:  # what is refused, or too large for the memory, is so before anything is written
+        if start >= count:
+            return path
+        ready[start] = draw(start, min(start + batch_size, count))
+        write_text(parts / PLAN, json.dumps({"part_size": batch_size, "plan": plan}, indent=2) + "\n")
+        size = batch_size
+    files = {start: parts / f"{start:09d}.npy" for start in range(0, count, size)}
+    lengths = {start: min(size, count - start) for start in files}
+    mine = list(files)[rank::world_size]
+    for number, start in enumerate(mine, 1):
+        if _is_whole(files[start], lengths[start]) or finished():
             continue
-        drawn = list(
-            sample_batches(
-                pipeline,
-                labels,
-                indices,
-                negative_prompt=negative_prompt,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        )
-        with atomic_path(part) as temporary, open(temporary, "wb") as file:
-            np.save(file, adm_pixels(torch.cat(drawn)))
+        pixels = ready.pop(start) if start in ready else draw(start, start + lengths[start])
+        with atomic_path(files[start]) as temporary, open(temporary, "wb") as file:
+            np.save(file, pixels)
         if progress:
-            console.print(f"part {number} of {len(starts[rank::world_size])} of this process is drawn")
+            console.print(f"part {number} of {len(mine)} of this process is drawn")
     if rank == 0:
-        files = [parts / f"{start:09d}.npy" for start in starts]
-        while not all(file.is_file() for file in files):  # other processes are still at it
+        while not all(_is_whole(files[start], lengths[start]) for start in files):  # other processes are still at it
             time.sleep(POLL_SECONDS)
-        _join(files, labels.numpy() if isinstance(labels, torch.Tensor) else None, count, path)
-        write_text(note, json.dumps(plan, indent=2) + "\n")
+        note.unlink(missing_ok=True)  # it is of the file that is replaced now
+        _join(list(files.values()), labels.numpy() if isinstance(labels, torch.Tensor) else None, count, path)
+        write_text(note, json.dumps(plan | (_checksums(path) or {}), indent=2) + "\n")
         shutil.rmtree(parts, ignore_errors=True)
     return path
 
@@ -108,20 +124,40 @@ def _plan(
     }
 
 
-def _agree(parts: Path, plan: dict[str, Any], batch_size: int) -> int:
-    """The number of images in a part: that of the run that began it, if it is the same run."""
-    file = parts / "plan.json"
+def _begun(parts: Path, plan: dict[str, Any]) -> int | None:
+    """The number of images in a part of the run that began these, if it is the same run; None where none did."""
+    file = parts / PLAN
     if not file.is_file():
-        write_text(file, json.dumps({"part_size": batch_size, "plan": plan}, indent=2) + "\n")
+        return None
     begun = _read(file) or {}
-    if begun.get("plan") != plan:
-        there = begun.get("plan", {})
+    there, size = begun.get("plan"), begun.get("part_size")
+    if not isinstance(there, dict) or type(size) is not int or size < 1:
+        raise MezzotintError(f"{file} is damaged; remove the folder {parts}, and the images are drawn anew")
+    if there != plan:
         changed = ", ".join(key for key in plan if there.get(key) != plan[key])
         raise MezzotintError(
             f"{parts} holds part of a run with other settings ({changed}); go on with those, remove the folder, or "
             "choose another --npz"
         )
-    return int(begun["part_size"])
+    return size
+
+
+def _is_whole(part: Path, count: int) -> bool:
+    """Whether the part is there, `count` images in their full length; one that is not is drawn again."""
+    try:
+        images = np.load(part, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
+
+
+def _checksums(path: Path) -> dict[str, Any] | None:
+    """The length and checksum of each array, which the archive's directory has; None where it is no whole archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"arrays": {info.filename: [info.file_size, info.CRC] for info in archive.infolist()}}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -140,7 +176,7 @@ def _join(files: Sequence[Path], labels: np.ndarray | None, count: int, path: Pa
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for file in files:
-                member.write(np.load(file).tobytes())
+                member.write(np.load(file, allow_pickle=False).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, labels, allow_pickle=False)

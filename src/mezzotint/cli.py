@@ -230,6 +230,13 @@ def sample(
     options: dict[str, Any] = {
         "prompts": captions, "negative_prompt": negative_prompt, "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
+    out = out or (_run_folder(model) or Path()) / ("samples.gif" if clips else "samples.png")
+    if clips:
+        output.check_video(out, fps)
+    if png is not None and (others := output.others_in(png, count)):
+        logging.getLogger("mezzotint").warning(
+            "%s holds %d other files, such as %s, which stay beside the %d images", png, len(others), others[-1], count
+        )
     pyramid = []
     if npz is not None:
         options |= {"rank": rank, "world_size": world_size, "progress": rank == 0}
@@ -246,7 +253,6 @@ def sample(
         final = drawn[-1] if trajectory else drawn
     columns = len(final) // len(asked) if 1 < len(asked) < len(final) and len(final) % len(asked) == 0 else 10
     columns = min(columns, 20)
-    out = out or (_run_folder(model) or Path()) / ("samples.gif" if clips else "samples.png")
     if clips:
         output.save_video(final, out, fps, columns=columns)
     else:

@@ -51,10 +51,26 @@ def save_pyramid_grid(levels: Sequence[Tensor], path: str | Path, columns: int =
 
 
 def save_pngs(images: Tensor, folder: str | Path, *, first: int = 0) -> None:
-    """Write each image (N, C, H, W) in [-1, 1] as folder/000000.png, folder/000001.png, ..., counting from `first`."""
+    """Write each image (N, C, H, W) in [-1, 1] as folder/000000.png, folder/000001.png, ..., counting from `first`.
+
+    What else is in the folder stays; see `others_in`.
+    """
     for i, pixels in enumerate(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy(), first):
         with atomic_path(Path(folder) / f"{i:06d}.png") as temporary:
             Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
+
+
+def others_in(folder: str | Path, count: int) -> list[str]:
+    """Names of what is in the folder beside the PNGs that `save_pngs` writes of `count` images.
+
+    Raises `MezzotintError` where it is a file.
+    """
+    if Path(folder).is_file():
+        raise MezzotintError(f"{folder} is a file; choose a folder for the PNGs")
+    if not Path(folder).is_dir():
+        return []
+    own = {f"{i:06d}.png" for i in range(count)}
+    return sorted(path.name for path in Path(folder).iterdir() if path.name not in own)
 
 
 def adm_pixels(images: Tensor) -> np.ndarray:
@@ -83,12 +99,7 @@ def save_video(clips: Tensor, path: str | Path, fps: float = 8, *, columns: int 
     MP4 is H.264 where PyAV has it, else MPEG-4, and repeats the last row and column of odd sizes. Raises
     `MezzotintError` for another suffix, for MP4 without PyAV, and for a rate outside `FRAME_RATES`.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in FRAME_RATES:
-        raise MezzotintError(f"videos are written as .gif or .mp4, not {Path(path).name}; change the suffix")
-    slowest, fastest = FRAME_RATES[suffix]
-    if not slowest <= fps <= fastest:
-        raise MezzotintError(f"{suffix} shows {slowest} to {fastest} frames per second, not {fps}; change fps")
+    suffix = check_video(path, fps)
     if clips.ndim == 4:
         frames = [Image.fromarray(pixels) for pixels in adm_pixels(clips)]
     else:
@@ -99,6 +110,19 @@ def save_video(clips: Tensor, path: str | Path, fps: float = 8, *, columns: int 
     else:
         ends = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # so that rounding does not add up
         _save_gif(frames, [end - start for start, end in pairwise(ends)], path)
+
+
+def check_video(path: str | Path, fps: float) -> str:
+    """The suffix of `path`. Raises `MezzotintError` as `save_video` does, but for what the clips may bring."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FRAME_RATES:
+        raise MezzotintError(f"videos are written as .gif or .mp4, not {Path(path).name}; change the suffix")
+    slowest, fastest = FRAME_RATES[suffix]
+    if not slowest <= fps <= fastest:
+        raise MezzotintError(f"{suffix} shows {slowest} to {fastest} frames per second, not {fps}; change fps")
+    if suffix == ".mp4":
+        pyav("MP4 files")
+    return suffix
 
 
 def _save_gif(frames: Sequence[Image.Image], milliseconds: list[int], path: str | Path) -> None:
