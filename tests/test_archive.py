@@ -19,6 +19,7 @@ from mezzotint import archive
 from mezzotint.archive import read_npz_images, sample_to_npz
 from mezzotint.data.transforms import to_uint8
 from mezzotint.errors import MezzotintError
+from mezzotint.files import write_text
 from mezzotint.recipe import Recipe, override_recipe
 
 
@@ -156,3 +157,101 @@ def test_torchrun_and_a_kill(pipeline: mezzotint.Pipeline, tmp_path: Path) -> No
     assert close(np.load(npz)["arr_0"], expected(pipeline, 60).repeat(3, -1))
     assert (run / "samples.png").is_file()
     assert not (tmp_path / "s.npz.parts").exists()
+
+
+# ------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_what_is_refused_leaves_nothing(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    """An SDE of one step means nothing here; the corrected command is not in its way."""
+    path = tmp_path / "s.npz"
+    wrong = override_recipe(pipeline.recipe, ["sampling=sde-sigma", "sampling.steps=1"])
+    pipeline.recipe, right = wrong, pipeline.recipe
+    with pytest.raises(MezzotintError, match="must be at least 2"):
+        sample_to_npz(pipeline, path, [3], 4)
+    assert list(tmp_path.iterdir()) == []
+    pipeline.recipe = right
+    sample_to_npz(pipeline, path, [3], 4)
+    with pytest.raises(MezzotintError, match="is a folder; choose another place"):
+        sample_to_npz(pipeline, tmp_path, [3], 4)
+
+
+@pytest.mark.parametrize("killed_at", ["the file", "the note", "the parts"])
+def test_a_kill_between_two_files(
+    pipeline: mezzotint.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """Seed 0 is there, seed 1 is killed at some file: neither command ever takes the other's images for its own."""
+    path = tmp_path / "s.npz"
+    images = {}
+    for seed in (1, 0):
+        sample_to_npz(pipeline, path, [3, 8], 6, seed=seed)
+        images[seed] = np.load(path)["arr_0"]
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def write(file: Path, text: str) -> None:
+        if file.name == "s.npz.json":
+            die()
+        write_text(file, text)
+
+    with monkeypatch.context() as patch:
+        match killed_at:
+            case "the file":
+                patch.setattr(archive, "_join", die)
+            case "the note":
+                patch.setattr(archive, "write_text", write)
+            case _:
+                patch.setattr(archive.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_npz(pipeline, path, [3, 8], 6, seed=1)
+    if killed_at == "the file":  # the older run's images, which no note claims any more
+        assert np.array_equal(np.load(path)["arr_0"], images[0])
+    sample_to_npz(pipeline, path, [3, 8], 6, seed=1)
+    assert np.array_equal(np.load(path)["arr_0"], images[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz", "s.npz.json"]
+    sample_to_npz(pipeline, path, [3, 8], 6, seed=0)
+    assert np.array_equal(np.load(path)["arr_0"], images[0])
+
+
+def test_a_note_is_of_one_file(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    """Another .npz under the noted name, or a cut one, is drawn anew rather than handed over."""
+    path = sample_to_npz(pipeline, tmp_path / "s.npz", [3], 4)
+    whole = path.read_bytes()
+    other = sample_to_npz(pipeline, tmp_path / "other.npz", [3], 4, seed=1)
+    for content in (other.read_bytes(), whole[:-50], b""):
+        path.write_bytes(content)
+        sample_to_npz(pipeline, path, [3], 4)
+        assert np.array_equal(np.load(path)["arr_0"], np.load(tmp_path / "s.npz")["arr_0"])
+        assert len(path.read_bytes()) == len(whole)
+        assert not np.array_equal(np.load(path)["arr_0"], np.load(other)["arr_0"])
+
+
+def begun(pipeline: mezzotint.Pipeline, path: Path) -> Path:
+    """The parts of a run that was killed before it joined them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_npz(pipeline, path, [3, 8], 6, batch_size=2)
+    return path.with_name(path.name + ".parts")
+
+
+def test_damaged_parts_are_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    parts = begun(pipeline, path)
+    first, second, third = sorted(parts.glob("*.npy"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.write_bytes(b"")
+    np.save(third, np.array([{}, {}]), allow_pickle=True)
+    sample_to_npz(pipeline, path, [3, 8], 6)
+    assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"plan": 3}', '{"plan": {}, "part_size": "2"}', '{"plan": {}, "part_size": 0}']
+)
+def test_damaged_plans_are_one_sentence(pipeline: mezzotint.Pipeline, tmp_path: Path, text: str) -> None:
+    parts = begun(pipeline, tmp_path / "s.npz")
+    (parts / "plan.json").write_text(text)
+    with pytest.raises(MezzotintError, match=r"plan.json is damaged; remove the folder .*s.npz.parts"):
+        sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 6)

@@ -296,3 +296,15 @@ def test_missing_autoencoder_says_where_to_get_it(
     )
     with pytest.raises(MezzotintError, match="download stabilityai/sd-vae-ft-ema"):
         mezzotint.sample(made, count=1)
+
+
+def test_what_else_is_in_a_folder_of_pngs(tmp_path: Path) -> None:
+    """A larger run's pictures would stay beside a smaller one's, and be scored with them."""
+    images = torch.zeros(3, 1, 8, 8)
+    assert output.others_in(tmp_path / "new", 2) == []
+    output.save_pngs(images, tmp_path / "png")
+    assert output.others_in(tmp_path / "png", 3) == []
+    (tmp_path / "png" / "notes.txt").touch()
+    assert output.others_in(tmp_path / "png", 2) == ["000002.png", "notes.txt"]
+    with pytest.raises(MezzotintError, match="is a file; choose a folder"):
+        output.others_in(tmp_path / "png" / "notes.txt", 2)
