@@ -177,9 +177,10 @@ def test_a_state_with_nan_is_not_gone_on_with(tiny: Recipe, tmp_path: Path, monk
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     read = Checkpoints.load
 
-    def spoiled(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
-        read(self, step, state)
+    def spoiled(self: Checkpoints, step: int, state: dict[str, Any]) -> int:
+        step = read(self, step, state)
         next(iter(state["ema"][0].values())).fill_(NAN)
+        return step
 
     monkeypatch.setattr(Checkpoints, "load", spoiled)
     with pytest.raises(MezzotintError, match=r"step-00000006 holds NaN or infinite numbers \(ema.0.backbone"):
