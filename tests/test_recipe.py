@@ -236,7 +236,7 @@ def _bomb(item: str) -> str:
         ("seed: " + "9" * 4000, "is not valid: it is too large for a number"),
         ("seed: '" + "9" * 4000 + "'", "is not valid: it is too large for a number"),
         ("seed: 0x" + "f" * 5000, "is not valid: it is too large for a number"),
-        ("seed: 18446744073709551616", "is not valid"),
+        ("seed: 18446744073709551616", "the seed is a number of 65 bits"),
         ("training: {lr: 1e999}", r"training\.lr = '1e999' is not valid: it is too large for a number"),
         ("training: {ema: [" + "9" * 5000 + "]}", r"training\.ema = .* is not valid: it is too large for a number"),
         ("seed: 1\nseed: 2", "line 2 gives the key 'seed' a second time"),
