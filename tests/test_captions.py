@@ -396,6 +396,16 @@ def test_shards_by_pattern_split_and_fraction(shards: Path, caplog: pytest.LogCa
     ] * 2
 
 
+@pytest.mark.parametrize("name", ["[raw]", "a*?", "{x,y}"])
+def test_the_name_of_a_folder_is_no_pattern(shards: Path, name: str) -> None:
+    folder = shards.rename(shards.parent / name)
+    patterns = [folder, folder / "000.tar", folder / "0*.tar", folder / "{000..002}.tar"]
+    for pattern in patterns[: 2 if "{" in name else 4]:  # braces are patterns wherever a pattern is meant
+        stream = load("webdataset", path=pattern, size=8)
+        assert isinstance(stream, TarStream)
+        assert len(stream.shards) == (1 if pattern.name == "000.tar" else 3)
+
+
 def test_shards_whose_names_tell_the_split(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     def keys(split: str = "train", **options: object) -> list[str]:
         stream = load("webdataset", split, path=shards, size=8, **options)

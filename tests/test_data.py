@@ -456,6 +456,12 @@ def hub_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_hugging_face_takes_brackets_for_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "[raw]").mkdir()
+    with pytest.raises(MezzotintError, match=r"\[raw\] has \*, \? or \[ in its name, .* takes for a pattern; rename"):
+        hugging_face(tmp_path / "[raw]", 8)
+
+
 def test_hugging_face_folder(hub_folder: Path) -> None:
     train, test = hugging_face(hub_folder, 8), load("huggingface", "test", path=hub_folder, size=8)
     assert isinstance(train, DecodedImages)

@@ -184,6 +184,13 @@ def test_frames_are_spread_or_consecutive(
     assert np.abs(np.array(levels_of(clip)) - expected).max() <= (0 if suffix == ".gif" else 2)
 
 
+def test_a_colon_in_a_path_is_no_protocol(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_video(grey_clip([90]), f"concat:a|b{suffix}", 10)
+    dataset = load("video", path=".", size=16, frames=1, labels=False)
+    assert abs(levels_of(dataset[0][0])[0] - 90) <= 2
+
+
 def test_frames_are_cropped_as_images_are(tmp_path: Path) -> None:
     """GIFs of at most 256 colours are exact."""
     frames = np.random.default_rng(0).integers(0, 6, (3, 40, 60), dtype=np.uint8) * 51

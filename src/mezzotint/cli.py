@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,7 +121,7 @@ def train(
             step = "sample"
         except MezzotintError:  # a denoising autoencoder is trained for its features
             step = "probe"
-        console.print(f"trained {folder}; next: mezzotint {step} {folder}", soft_wrap=True)
+        console.print(f"trained {folder}; next: mezzotint {step} {shlex.quote(str(folder))}", soft_wrap=True)
 
 
 @app.command("fit-tokenizer")

@@ -148,7 +148,7 @@ def _provide(recipe: Recipe, place: Path, device: str, quiet: bool) -> None:
                 "encoded them"
             )
         if not quiet:
-            console.print(f"fitting {settings.name} into {place}")
+            console.print(f"fitting {settings.name} into {place}", soft_wrap=True)
         fit_tokenizer(recipe, place, device=device, quiet=quiet)
         return
     open_tokenizer(given, **wanted)
