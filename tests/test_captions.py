@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import sys
 import tarfile
 import time
@@ -631,3 +632,16 @@ def test_hugging_face_captions_with_holes(tmp_path: Path, texts: list, streaming
         MezzotintError, match=r"1 of 3 images of .* no caption .*, example 1 among them, and at most 0 may"
     ):
         load("huggingface", max_unreadable=0, **options)
+
+
+def test_hugging_face_files_with_offsets_to_nowhere(tmp_path: Path) -> None:
+    """They are mapped into memory, where reading outside would end the process."""
+    hub_captions(tmp_path, ["abc", "defgh"], several=False)
+    file = next(tmp_path.glob("*.arrow"))
+    before, after = struct.pack("<3i", 0, 3, 8), struct.pack("<3i", 0, 3, 2**31 - 1)
+    assert file.read_bytes().count(before) == 1
+    file.write_bytes(file.read_bytes().replace(before, after))
+    with pytest.raises(
+        MezzotintError, match=r"cannot be loaded \(.*\); expected a name on the hub within reach, or a fold"
+    ):
+        load("huggingface", path=tmp_path, size=8, labels=False, caption_column="text")

@@ -229,6 +229,8 @@ def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mappin
     try:
         if saved or saved_splits:
             loaded = datasets.load_from_disk(str(folder))
+            for part in loaded.values() if saved_splits else [loaded]:
+                part.data.validate(full=True)  # offsets that point outside of a damaged file would end the process
         elif folder.is_dir():
             if glob.has_magic(str(folder)):
                 raise MezzotintError(
