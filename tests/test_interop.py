@@ -938,6 +938,9 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     tensors = dict(made(recipe()).denoiser.backbone.state_dict())
     tensors["stranger"] = tensors.pop("blocks.1.mlp.fc1.bias")
     tensors["t_embedder.mlp.0.bias"] = tensors["t_embedder.mlp.0.bias"][:3]
+    torch.save(tensors | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(())}, tmp_path / "dit.pt")
+    with pytest.raises(MezzotintError, match=r"blocks\.0\.adaLN_modulation\.1\.weight has shape \(\)"):
+        load(tmp_path / "dit.pt", recipe=recipe())
     torch.save(tensors, tmp_path / "dit.pt")
     with pytest.raises(MezzotintError) as caught:
         load(tmp_path / "dit.pt", recipe=recipe())
@@ -983,6 +986,12 @@ def test_quantised_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> No
     for source, words in ((tmp_path / "dit.pt", recipe()), (run, None)):
         with pytest.raises(MezzotintError, match=rf"has dtype {dtype}, expected floating point of 16 bits or more"):
             load(source, recipe=words)
+    folder = convert(run_of(made(recipe()), tmp_path / "good"), tmp_path / "diffusers", to="diffusers")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    save_file(load_file(file) | {name: torch.zeros(16, 16, dtype=dtype)}, file)
+    with pytest.raises(MezzotintError, match=rf"attn1\.to_q\.weight in .* has dtype {dtype}, expected floating point"):
+        load(folder, recipe=recipe())
 
 
 @pytest.mark.parametrize("key", ["class_names", "prompts"])

@@ -207,6 +207,15 @@ def header_list(metadata: Mapping[str, str], key: str, source: str | Path) -> tu
     return tuple(values)
 
 
+def check_dtype(name: str, tensor: Tensor, source: str, wanted: torch.dtype = torch.float32) -> None:
+    """Raise `MezzotintError` unless a file's tensor is of the `wanted` dtype or, where that is one, of another float."""
+    if tensor.dtype != wanted and not (wanted in FLOATS and tensor.dtype in FLOATS):
+        expected = "floating point of 16 bits or more" if wanted in FLOATS else wanted
+        raise MezzotintError(
+            f"{name} in {source} has dtype {tensor.dtype}, expected {expected}; quantised weights are not supported"
+        )
+
+
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load `tensors` into `module`, all of them and nothing else.
 
@@ -225,13 +234,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise MezzotintError(f"the tensors in {source} do not fit the network: {shown}")
     for name, tensor in tensors.items():
-        floating = wanted[name].is_floating_point()
-        if tensor.dtype not in (FLOATS if floating else (wanted[name].dtype,)):
-            raise MezzotintError(
-                f"{name} in {source} has dtype {tensor.dtype}, expected "
-                f"{'floating point of 16 bits or more' if floating else wanted[name].dtype}; quantised weights are not "
-                "supported"
-            )
+        check_dtype(name, tensor, source, wanted[name].dtype)
     check_finite(tensors, source)
     module.load_state_dict(tensors)
 

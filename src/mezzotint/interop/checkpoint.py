@@ -16,7 +16,7 @@ from mezzotint.backbones import DIT_CONFIGS
 from mezzotint.backbones.layers import TIME_FREQUENCIES, position_table
 from mezzotint.errors import MezzotintError
 from mezzotint.finite import check_finite
-from mezzotint.pipeline import build_backbone, header_list, load_tensors
+from mezzotint.pipeline import build_backbone, check_dtype, header_list, load_tensors
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
 from mezzotint.written import read_yaml
 
@@ -260,7 +260,7 @@ def _conditioning(tensors: Mapping[str, Tensor], width: int) -> str:
     """The design of the blocks, by what the first one has (DiT, section 3.2)."""
     layers = [f"blocks.0.adaLN_modulation.{number}.weight" for number in (3, 1)]  # the last one of an MLP first
     if (regressed := next((tensors[name] for name in layers if name in tensors), None)) is not None:
-        return "adaln" if len(regressed) == 4 * width else "adaln-zero"
+        return "adaln" if regressed.shape[:1] == (4 * width,) else "adaln-zero"
     return "cross-attention" if "blocks.0.cross_attn.q.weight" in tensors else "in-context"
 
 
@@ -286,13 +286,14 @@ def state_dict(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     """The tensors of a state dict, under names without the words of what the network was wrapped in.
 
     Those are DistributedDataParallel's, FSDP's, torch.compile's and activation checkpointing's, anywhere in a name, and
-    a first word that all names have, such as Lightning's. Raises `MezzotintError` for what is no state dict.
+    a first word that all names have, such as Lightning's. Raises `MezzotintError` for what is no state dict, and for quantised weights.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise MezzotintError(f"{source} is not a state dict: its entry {key!r} is no tensor; expected tensors")
         name = re.sub(rf"(?<![^.])({'|'.join(WRAPPERS)})\.", "", str(key))
+        check_dtype(name, value, source)
         if name in tensors:
             raise MezzotintError(f"{source} has {name} twice, once as {key}; save the network's own state dict")
         tensors[name] = value.detach()
