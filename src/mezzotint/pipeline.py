@@ -208,7 +208,7 @@ def header_list(metadata: Mapping[str, str], key: str, source: str | Path) -> tu
 
 
 def check_dtype(name: str, tensor: Tensor, source: str, wanted: torch.dtype = torch.float32) -> None:
-    """Raise `MezzotintError` unless a file's tensor is of the `wanted` dtype or, where that is one, of another float."""
+    """Raise `MezzotintError` unless a file's tensor is of the `wanted` dtype, or both are floats of any width."""
     if tensor.dtype != wanted and not (wanted in FLOATS and tensor.dtype in FLOATS):
         expected = "floating point of 16 bits or more" if wanted in FLOATS else wanted
         raise MezzotintError(

@@ -286,7 +286,8 @@ def state_dict(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     """The tensors of a state dict, under names without the words of what the network was wrapped in.
 
     Those are DistributedDataParallel's, FSDP's, torch.compile's and activation checkpointing's, anywhere in a name, and
-    a first word that all names have, such as Lightning's. Raises `MezzotintError` for what is no state dict, and for quantised weights.
+    a first word that all names have, such as Lightning's. Raises `MezzotintError` for what is no state dict, and for
+    quantised weights.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
