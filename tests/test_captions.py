@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import sys
 import tarfile
@@ -503,6 +504,20 @@ def test_byte_order_marks_in_shards(tmp_path: Path) -> None:
     (tmp_path / "cls" / "classnames.txt").write_text("tench\ngoldfish\n", encoding="utf-16")
     with pytest.raises(MezzotintError, match=r"classnames.txt cannot be read .*; write it again as UTF-8"):
         load("webdataset", path=tmp_path / "cls", size=8)
+
+
+def test_shards_that_are_no_files(shards: Path) -> None:
+    (shards / "._000.tar").write_bytes(b"Mac OS X")  # of no concern
+    assert len(load("webdataset", path=shards, size=8).shards) == 3  # type: ignore[union-attr]
+    (shards / "a.tar").symlink_to(shards / "a.tar")
+    (shards / "b.tar").symlink_to(shards / "nowhere")
+    (shards / "c.tar").mkdir()
+    os.mkfifo(shards / "d.tar")  # a reader would wait for ever
+    for path in (shards, shards / "*.tar"):
+        with pytest.raises(
+            MezzotintError, match=r"4 tar shards of .* no files, or links to nowhere: a.tar, b.tar, c.tar"
+        ):
+            load("webdataset", path=path, size=8)
 
 
 def test_shards_explain_mistakes(shards: Path, tmp_path: Path) -> None:

@@ -273,6 +273,11 @@ def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
         raise MezzotintError(
             f"{folder} has no tar shards; set data.path to a folder of .tar files, or a pattern of them"
         )
+    if broken := [shard.name for shard in shards if not shard.is_file()]:
+        raise MezzotintError(
+            f"{len(broken)} tar shards of {path} are no files, or links to nowhere: {some(broken)}; remove them or fetch "
+            "them again"
+        )
     if test_fraction and len(shards) == 1:
         raise MezzotintError(
             f"{folder} has one tar shard, and data.test_fraction holds whole shards out; set it to 0 or split the shard"
@@ -301,6 +306,10 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
     if tests := [shard.name for word, found in parts.items() if split_of(word) == "test" for shard in found]:
         logger.warning("%s: all %d tar shards are taken for training, among them %s", folder, len(shards), some(tests))
     return {"train": shards}
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not is_litter(path.name))
 
 
 def _class_names(shard: Path) -> tuple[str, ...]:
