@@ -275,8 +275,8 @@ def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
         )
     if broken := [shard.name for shard in shards if not shard.is_file()]:
         raise MezzotintError(
-            f"{len(broken)} tar shards of {path} are no files, or links to nowhere: {some(broken)}; remove them or fetch "
-            "them again"
+            f"{len(broken)} tar shards of {path} are no files, or links to nowhere: {some(broken)}; remove or "
+            "fetch them"
         )
     if test_fraction and len(shards) == 1:
         raise MezzotintError(
