@@ -252,6 +252,17 @@ def test_every_flipped_bit_of_weights_is_found(tensors: dict[str, Tensor], tmp_p
     assert passed <= len("crc32")
 
 
+def test_the_same_weights_are_the_same_bytes(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Safetensors orders its metadata anew each time; letters beyond ASCII and control characters stay what they are."""
+    about = {"format": "mezzotint", "class_names": '["é", "\u2028"]', "step": "\b\f\x7f\n", "z": "", "a": "b"}
+    file, contents = tmp_path / "x.safetensors", set()
+    for _ in range(8):
+        save_tensors(tensors, file, about)
+        contents.add(file.read_bytes())
+    assert len(contents) == 1
+    assert read_tensors(file)[1] == about
+
+
 def test_weights_without_a_checksum_are_read_as_before(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     file = tmp_path / "others.safetensors"
     save_file(tensors, file, {"format": "pt"})

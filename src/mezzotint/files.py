@@ -101,9 +101,22 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     check_finite(kept, "what was to be written")
     try:
         save_file(kept, path, metadata | {CHECKSUM: tensors_checksum(kept, metadata)})
+        _sort_metadata(path)
     except SafetensorError as error:  # a full disk, in safetensors' words
         needed = readable_size(sum(tensor.nbytes for tensor in kept.values()))
         raise OSError(f"{error}, {needed} are needed") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """The same content shall be the same bytes: safetensors writes its metadata in an order that changes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # else some letter is written in another way
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
