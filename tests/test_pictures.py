@@ -222,6 +222,7 @@ def test_orientation(orientation: int) -> None:
     assert np.array(levels(webp, "RGB"))[..., 0].tolist() == right.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x05\0"])
 def test_a_damaged_tag_is_no_damaged_picture(exif: bytes) -> None:
     assert levels(encoded(Image.new("L", (2, 1), 100), "PNG", exif=exif)) == [[100, 100]]

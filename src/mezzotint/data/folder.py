@@ -174,7 +174,7 @@ def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[t
         for name in names:
             if not name.lower().endswith(kind.endings):
                 if not name.startswith(METADATA):
-                    left.add("files with other endings", os.path.join(inside, name))
+                    left.add("files with other endings", os.path.normpath(os.path.join(inside, name)))
             elif label not in labels:
                 left.add(f"{kind.noun}s outside of the folders of classes", name)
             else:
