@@ -286,7 +286,7 @@ def _shards(path: str, split: str, test_fraction: float) -> list[Path]:
 
 
 def _tar_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if path.is_file() and not is_litter(path.name))
+    return sorted(path for path in folder.glob("*.tar") if not is_litter(path.name))
 
 
 def _parts(folder: Path) -> dict[str, list[Path]]:
