@@ -12,11 +12,25 @@ from typing import Annotated, Any
 import typer
 from rich.logging import RichHandler
 from rich.table import Table
+from typer.core import TyperGroup
 
 from mezzotint.errors import MezzotintError, shortened
 from mezzotint.progress import console, print_anything, results
 
+
+class Commands(TyperGroup):
+    """Says that Ctrl-C was heard, where a command has no more to say."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.print("stopped")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Train, sample and score diffusion models, in any combination of interpolant, target, backbone and sampler.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -1044,10 +1058,24 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.filename or 'file'}: {error.strerror}")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it here would slow down --help
+    except (MemoryError, RuntimeError) as error:
+        if "determine home directory" in str(error):  # pathlib's word for a ~ that means nothing
+            _fail("a path begins with ~, and whose home that is is not known here; write it out.")
+        if "DataLoader worker" in str(error):  # torch raises it wherever this process is when one dies
+            _fail(
+                f"a process that decodes images ended ({str(error).splitlines()[0]}), as the system ends one where "
+                "memory is short; lower data.workers, and go on from the last checkpoint by --resume."
+            )
+        if (device := _full(error)) is None:
             raise
-        _fail("the GPU is out of memory; lower training.batch_size or --batch-size, or raise training.accumulate.")
+        _fail(f"{device} is out of memory; lower training.batch_size or --batch-size, or raise training.accumulate.")
+
+
+def _full(error: BaseException) -> str | None:
+    """What has no memory left, where that is what the error says; importing torch to ask would slow down --help."""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+        return "the GPU"
+    return "the CPU" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
 
 
 def _fail(sentence: str) -> None:

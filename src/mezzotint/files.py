@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 from mezzotint.finite import check_finite
+
+logger = logging.getLogger("mezzotint")
 
 CHECKSUM = "crc32"  # the key of a safetensors header under which `save_tensors` keeps `tensors_checksum`
 READ_SIZE = 2**18  # bytes; stays in a processor's cache between reading and summing
@@ -218,6 +221,24 @@ def readable_size(number: float) -> str:
 
 def cache_folder() -> Path:
     """Where what is costly to make is kept: $MEZZOTINT_CACHE, else mezzotint in the user's cache folder."""
-    if chosen := os.environ.get("MEZZOTINT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"
+    chosen, caches = os.environ.get("MEZZOTINT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(chosen).expanduser() if chosen else Path(caches or Path.home() / ".cache") / "mezzotint"
+    except RuntimeError:  # no home, as in a container under a number that is nobody's
+        return Path(os.devnull) / "mezzotint"  # where nothing can be kept
+
+
+def keep(file: Path, write: Callable[[Path], None]) -> None:
+    """`write(file)`, a file of `cache_folder`; one that cannot be written is a warning, the first time.
+
+    What was computed is there all the same, and is computed again when it is next needed.
+    """
+    try:
+        write(file)
+    except (MezzotintError, OSError) as error:
+        if cache_folder() not in _warned_of:
+            logger.warning("%s; what is costly to make is not kept: set MEZZOTINT_CACHE to a folder of yours", error)
+        _warned_of.add(cache_folder())
+
+
+_warned_of: set[Path] = set()

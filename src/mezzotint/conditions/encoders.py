@@ -149,7 +149,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._warned: set[str] = set()
+        self._warned = False
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Those that are there and whole."""
@@ -184,12 +184,12 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            if purpose not in self._warned:
+            if not self._warned:
                 logger.warning(
                     "the captions' features in %s cannot be %s (%s), and are computed anew; if it stays so, remove it",
                     self.path, purpose, error,
                 )  # fmt: skip
-            self._warned.add(purpose)
+            self._warned = True
 
 
 # ---- Reading models --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mezzotint.evaluation.sources import (
     of_first,
     to_channels,
 )
-from mezzotint.files import cache_folder, read_tensors, tensors_digest
+from mezzotint.files import cache_folder, keep, read_tensors, tensors_digest
 from mezzotint.pipeline import load_tensors, save_weights
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import DataSettings
@@ -199,7 +200,7 @@ def trained_classifier(
     file = cache_folder() / "classifiers" / f"{fitted.identity}-seed-{seed}-{key.hexdigest()[:8]}.safetensors"
 
     def make() -> ClassifierNetwork:
-        if cache and file.is_file():
+        if cache and os.path.isfile(file):  # a folder that is not ours to look into has none
             try:
                 return ClassifierNetwork.load(file)
             except MezzotintError:
@@ -208,7 +209,7 @@ def trained_classifier(
         network = ClassifierNetwork.fit(images, labels, fitted.class_names, seed=seed)
         network = replace(network, fitted_on=fitted.identity, tested=network.accuracy(*_some(other)))
         if cache:
-            network.save(file)
+            keep(file, network.save)
         return network
 
     return of_first(make)

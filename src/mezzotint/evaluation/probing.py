@@ -39,7 +39,7 @@ from mezzotint.evaluation.probe import (
 from mezzotint.evaluation.sources import DatasetSource, image_source
 from mezzotint.evaluation.sweep import figure_class
 from mezzotint.features import check_time, chosen_layers, layers_of, pooled_features
-from mezzotint.files import atomic_path, cache_folder, read_tensors, save_tensors, tensors_digest
+from mezzotint.files import atomic_path, cache_folder, keep, read_tensors, save_tensors, tensors_digest
 from mezzotint.pipeline import Pipeline
 from mezzotint.progress import track
 from mezzotint.randomness import mix
@@ -269,9 +269,13 @@ def features_of(
         for layer in missing:
             known[layer] = Labelled(torch.cat(parts.pop(layer)), every)
             if layer in files:
-                with atomic_path(files[layer]) as temporary:
-                    save_tensors(known[layer]._asdict(), temporary, {"format": "mezzotint"})
+                keep(files[layer], partial(_write, known[layer]))
     return known
+
+
+def _write(features: Labelled, file: Path) -> None:
+    with atomic_path(file) as temporary:
+        save_tensors(features._asdict(), temporary, {"format": "mezzotint"})
 
 
 def _read(file: Path) -> Labelled | None:

@@ -27,7 +27,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract, is_inception
 from mezzotint.evaluation.sources import ImageSource, image_source, of_first
 from mezzotint.evaluation.statistics import FeatureStatistics
-from mezzotint.files import atomic_path, cache_folder
+from mezzotint.files import atomic_path, cache_folder, keep
 from mezzotint.finite import check_finite
 from mezzotint.recipe import DataSettings
 
@@ -138,13 +138,11 @@ def _cached(
     enough = rows if source.count is None else min(rows, source.count)
 
     def kept() -> Reference | None:
-        if not (cache and file.is_file()):
-            return None
         try:
-            reference = Reference.load(file)
+            reference = Reference.load(file) if cache else None
         except MezzotintError:
-            return None  # cut off; it is made anew
-        return reference if len(reference.rows) >= enough else None
+            return None  # not there, or cut off; it is made anew
+        return reference if reference is not None and len(reference.rows) >= enough else None
 
     reference = of_first(kept)  # one process looks, so that all of them agree on what to do
     if reference is None:
@@ -152,7 +150,7 @@ def _cached(
         reference = Reference(network.name, source.identity, found.statistics, found.rows, found.indices)
         if cache:
             made = reference
-            of_first(lambda: made.save(file))
+            of_first(lambda: keep(file, made.save))
     return replace(reference, rows=reference.rows[:rows], indices=reference.indices[:rows])
 
 

@@ -59,8 +59,29 @@ class World:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number and the number of processes, as torchrun tells; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and the number of processes, as torchrun tells; (0, 1) without it.
+
+    Raises `MezzotintError` where RANK and WORLD_SIZE do not say both.
+    """
+    rank, size = _variable("RANK", -1), _variable("WORLD_SIZE", -1)
+    if (rank, size) in ((-1, -1), (-1, 1)):
+        return 0, 1
+    if not 0 <= rank < size:
+        shown = " and ".join(f"{name}={os.environ.get(name, '')}" for name in ("RANK", "WORLD_SIZE"))
+        raise MezzotintError(
+            f"the environment says {shown}; expected both, the first below the second, as torchrun sets them, or "
+            "neither: unset them for a single process"
+        )
+    return rank, size
+
+
+def _variable(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    if not value:
+        return default
+    if not (value.isascii() and value.isdigit()):
+        raise MezzotintError(f"the environment says {name}={value}; expected a number, as torchrun sets it")
+    return int(value)
 
 
 def is_main_process() -> bool:
@@ -78,7 +99,7 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", _variable("LOCAL_RANK", 0))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise MezzotintError(
@@ -89,14 +110,24 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the other processes when started by torchrun (gloo on CPUs, nccl on GPUs); alone otherwise."""
+    """Join the other processes when started by torchrun (gloo on CPUs, nccl on GPUs); alone otherwise.
+
+    Raises `MezzotintError` as `choose_device` and `rank_and_size` do, and where the processes cannot meet.
+    """
     here = choose_device(device)
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if rank_and_size()[1] == 1:
         yield World(0, 1, here)
         return
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:  # no MASTER_ADDR or MASTER_PORT, or nobody there
+        reason = str(error).strip().splitlines()[0]
+        raise MezzotintError(
+            f"the {rank_and_size()[1]} processes cannot meet ({reason}); start them by torchrun, or unset RANK and "
+            "WORLD_SIZE for a single one"
+        ) from None
     try:
         yield World(dist.get_rank(), dist.get_world_size(), here)
     finally:
