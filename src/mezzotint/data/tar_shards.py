@@ -308,10 +308,6 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
     return {"train": shards}
 
 
-def _tars(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not is_litter(path.name))
-
-
 def _class_names(shard: Path) -> tuple[str, ...]:
     for folder in (shard.parent, shard.parent.parent):
         if (file := folder / CLASS_NAMES).is_file():
