@@ -461,7 +461,7 @@ def test_prompts_on_the_command_line(command: Command, whole: Path, tmp_path: Pa
     [
         (["--classes", "3"], "this model is asked by captions, not by classes; give prompts"),
         (["--prompts", "EMPTY"], "holds no captions; expected one on each line"),
-        (["--prompts", "BINARY"], "is not a text of captions, one a line, in UTF-8"),
+        (["--prompts", "BINARY"], "is not a text in UTF-8"),
         (["--prompts", "/nowhere/lines.txt"], "/nowhere/lines.txt: No such file or directory"),
         (["--levels", "levels.png"], "this model has one resolution, 8; several are those of a backbone.outer"),
     ],

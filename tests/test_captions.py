@@ -322,7 +322,7 @@ def test_folder_captions_in_tables(tmp_path: Path) -> None:
             b'file_name,text\n00.png,"' + b"x" * 200_000,
             r"metadata.csv is not CSV after line 1 \(field larger",
         ),
-        ("metadata.csv", "file_name,text\n00.png,x\n".encode("utf-16"), "cannot be read .*; write it again as UTF-8"),
+        ("metadata.csv", "file_name,text\n00.png,x\n".encode("utf-16"), "is not a text in UTF-8 .*; write it again as"),
         ("metadata.parquet", b"PAR1 no", "metadata.parquet cannot be read .*; write it again as parquet"),
     ],
 )
@@ -502,7 +502,7 @@ def test_byte_order_marks_in_shards(tmp_path: Path) -> None:
         assert (example.captions, example.label) == (((), 1) if kind == "cls" else (("zero",), -1))
     assert stream.class_names == ("tench", "goldfish")
     (tmp_path / "cls" / "classnames.txt").write_text("tench\ngoldfish\n", encoding="utf-16")
-    with pytest.raises(MezzotintError, match=r"classnames.txt cannot be read .*; write it again as UTF-8"):
+    with pytest.raises(MezzotintError, match=r"classnames.txt is not a text in UTF-8 .*; write it again"):
         load("webdataset", path=tmp_path / "cls", size=8)
 
 

@@ -253,7 +253,7 @@ def test_every_flipped_bit_of_weights_is_found(tensors: dict[str, Tensor], tmp_p
 
 
 def test_the_same_weights_are_the_same_bytes(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """Safetensors orders its metadata anew each time; letters beyond ASCII and control characters stay what they are."""
+    """Safetensors orders its metadata anew each time; letters beyond ASCII and control characters stay as they are."""
     about = {"format": "mezzotint", "class_names": '["é", "\u2028"]', "step": "\b\f\x7f\n", "z": "", "a": "b"}
     file, contents = tmp_path / "x.safetensors", set()
     for _ in range(8):

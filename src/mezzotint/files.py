@@ -154,8 +154,10 @@ def read_text(path: str | Path) -> str:
     """A text file in UTF-8, with or without a byte-order mark. Raises `MezzotintError` where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MezzotintError(f"{path} cannot be read ({error}); write it again as UTF-8") from None
+    except OSError as error:
+        raise MezzotintError(f"cannot read {path}: {error.strerror or error}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise MezzotintError(f"{path} is not a text in UTF-8 ({error}); write it again as UTF-8") from None
 
 
 def parse_json(text: str | bytes) -> Any:
