@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 import mezzotint
+from mezzotint.conditions.encoders import TextEncoder
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, file_checksum, read_tensors, save_tensors, tensors_checksum
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.seal import FIRST_LINE
 from mezzotint.training.checkpoints import MANIFEST, Checkpoints
 from mezzotint.training.parallel import World
+from mezzotint.training.tokenizer_losses import feature_maps
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -189,6 +193,59 @@ def test_a_state_of_another_user_is_refused(checkpoints: Checkpoints, monkeypatc
     with pytest.raises(MezzotintError, match=r"step-00000002.* was written by another user .*--trust-code"):
         checkpoints.latest()
     assert Checkpoints(checkpoints.folder, ALONE, 2, trust_code=True).latest() == 2
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is made when the module `beside`, in the working folder, is imported."""
+    (tmp_path / "beside.py").write_text(
+        "import pathlib\npathlib.Path('imported').touch()\n\ndef maps(images):\n    return [images]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    return tmp_path / "imported"
+
+
+def test_code_that_a_recipe_names_is_not_imported_unless_trusted(module: Path) -> None:
+    with pytest.raises(MezzotintError, match=r"perceptual_network beside:maps is code, .*--trust-code"):
+        feature_maps("beside:maps", 8)
+    assert not module.exists()
+    assert len(feature_maps("beside:maps", 8, trust_code=True)(torch.zeros(1, 1, 8, 8))) == 1
+    assert module.exists()
+    assert feature_maps("mezzotint.studies.perceptual:digits", 8), "the library's own"
+
+
+CONV_VAE = (
+    "representation={name: conv-vae, stride: 2, channels: 2}",
+    "representation.fit={steps: 1, batch_size: 4, widths: [4, 4], layers: 1, groups: 2, examples: 8}",
+    "representation.fit.perceptual_weight=1",
+)
+
+
+def test_only_a_recipes_code_needs_the_option(command: Command, module: Path) -> None:
+    pytest.importorskip("diffusers")
+    named = "representation.fit.perceptual_network=beside:maps"
+    (module.parent / "mine.yaml").write_text(load_recipe("digits", [*CONV_VAE, named]).to_yaml())
+    code, _, err = command("fit-tokenizer", "mine.yaml", "--out", "refused")
+    assert code == 2
+    assert "beside:maps is code" in err
+    assert not module.exists()
+    assert not (module.parent / "refused").exists()
+    code, _, err = command("fit-tokenizer", "mine.yaml", "--trust-code", "--out", "trusted")
+    assert (code, module.exists()) == (0, True), err
+    code, _, err = command("fit-tokenizer", "digits", *CONV_VAE, named, "--out", "typed")
+    assert code == 0, err
+
+
+def test_code_beside_a_model_of_transformers_is_not_imported(module: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = module.parent / "encoder"
+    folder.mkdir()
+    (module.parent / "beside.py").rename(folder / "beside.py")
+    (folder / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "beside.Config"}}')
+    with pytest.raises(MezzotintError, match="no text encoder could be read from the folder"):
+        TextEncoder(str(folder))
+    assert not module.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- full disk

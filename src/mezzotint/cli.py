@@ -93,6 +93,13 @@ Weights = Annotated[
     str, typer.Option(help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.")
 ]
 Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Import the module:function that a recipe names, and resume what another user wrote; see SECURITY.md.",
+    ),
+]
 Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]
 
 #: sections of a trained model's recipe that overrides may change: how it is sampled, and what it is scored against
@@ -110,6 +117,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's newest whole checkpoint.")
     ] = False,
+    trust_code: TrustCode = False,
     device: Device = "auto",
 ) -> None:
     """Train a recipe into a run folder.
@@ -125,7 +133,14 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
     try:
-        pipeline = run_training(loaded, folder, resume=resume, device=device)
+        pipeline = run_training(
+            loaded,
+            folder,
+            resume=resume,
+            device=device,
+            # A state to resume is nothing that was typed.
+            trust_code=trust_code or (not resume and _typed_code(loaded, overrides)),
+        )
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: mezzotint train {recipe} --out {folder} --resume")
         raise typer.Exit(130) from None
@@ -138,11 +153,17 @@ def train(
         console.print(f"trained {folder}; next: mezzotint {step} {shlex.quote(str(folder))}", soft_wrap=True)
 
 
+def _typed_code(recipe: Any, overrides: list[str] | None) -> bool:
+    """Whether the module:function that `recipe` names stands in the command itself, and so is the user's own word."""
+    return any(recipe.representation.fit.perceptual_network in override for override in overrides or [])
+
+
 @app.command("fit-tokenizer")
 def fit_tokenizer(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The folder to write, for representation.path=OUT.")] = Path("tokenizer"),
+    trust_code: TrustCode = False,
     device: Device = "auto",
 ) -> None:
     """Fit a recipe's tokenizer (representation=patch-pca, patch-ae, patch-vae or conv-vae) to its training images.
@@ -152,8 +173,9 @@ def fit_tokenizer(
     from mezzotint.recipe import load_recipe
     from mezzotint.training.tokenizers import fit_tokenizer as run_fitting
 
+    loaded = load_recipe(recipe, overrides or [])
     try:
-        metrics = run_fitting(load_recipe(recipe, overrides or []), out, device=device)
+        metrics = run_fitting(loaded, out, device=device, trust_code=trust_code or _typed_code(loaded, overrides))
     except KeyboardInterrupt:
         console.print(f"stopped; {out} was not written")
         raise typer.Exit(130) from None

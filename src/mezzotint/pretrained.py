@@ -14,6 +14,8 @@ from mezzotint.errors import MezzotintError
 T = TypeVar("T")
 
 WEIGHTS = "diffusion_pytorch_model"
+#: for transformers' Auto classes: code beside a model is not imported; unsaid, they would ask in the middle of a command
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 def read_json(path: Path) -> dict[str, Any]:

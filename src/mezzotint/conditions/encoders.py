@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
 from mezzotint.files import cache_folder, tensors_digest
-from mezzotint.pretrained import from_hub, transformers_for
+from mezzotint.pretrained import NO_CODE, from_hub, transformers_for
 
 logger = logging.getLogger("mezzotint")
 Tokens = tuple[int, ...]
@@ -201,7 +201,7 @@ def _pretrained(path: str) -> tuple[Any, Any]:
     source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
     def read(local: bool) -> tuple[Any, Any, Any]:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(source, **NO_CODE, local_files_only=local)
         if config.model_type in ("clip", "clip_text_model"):
             kind: Any = transformers.CLIPTextModel
         elif type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
@@ -209,7 +209,7 @@ def _pretrained(path: str) -> tuple[Any, Any]:
         else:
             kind = transformers.AutoModel
         network, info = kind.from_pretrained(source, output_loading_info=True, local_files_only=local)
-        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=local), network, info
+        return transformers.AutoTokenizer.from_pretrained(source, **NO_CODE, local_files_only=local), network, info
 
     tokenizer, network, info = from_hub(
         "text encoder", source, read, "google/flan-t5-base", " or take another model, and name that folder"

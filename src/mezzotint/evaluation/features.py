@@ -37,7 +37,7 @@ from mezzotint.evaluation.sources import (
 )
 from mezzotint.evaluation.statistics import FeatureStatistics
 from mezzotint.files import tensors_digest
-from mezzotint.pretrained import from_hub, transformers_for
+from mezzotint.pretrained import NO_CODE, from_hub, transformers_for
 from mezzotint.progress import track
 from mezzotint.recipe import DataSettings
 from mezzotint.representations.pca import Moments, principal_components
@@ -392,8 +392,10 @@ def _transformer(kind: str, weights: str | Path | None, device: torch.device | s
 
     def read(local: bool) -> Any:
         return (
-            *transformers.AutoModel.from_pretrained(source, output_loading_info=True, local_files_only=local),
-            transformers.AutoImageProcessor.from_pretrained(source, local_files_only=local),
+            *transformers.AutoModel.from_pretrained(
+                source, output_loading_info=True, **NO_CODE, local_files_only=local
+            ),
+            transformers.AutoImageProcessor.from_pretrained(source, **NO_CODE, local_files_only=local),
         )
 
     network, info, processor = _from_hub(kind, source, read)
@@ -428,7 +430,7 @@ def _transformer(kind: str, weights: str | Path | None, device: torch.device | s
 
     def embed(captions: Sequence[str]) -> Tensor:
         if not tokenizers:
-            read = partial(transformers.AutoTokenizer.from_pretrained, source)
+            read = partial(transformers.AutoTokenizer.from_pretrained, source, **NO_CODE)
             tokenizers.append(_from_hub("tokenizer of clip", source, lambda local: read(local_files_only=local)))
         embedded = []
         for start in range(0, len(captions), CAPTIONS):

@@ -26,7 +26,7 @@ from mezzotint.files import check_free, new_folder, tensors_digest
 from mezzotint.interop.hub import is_name
 from mezzotint.interop.vit import processor_config
 from mezzotint.pipeline import PRECISIONS
-from mezzotint.pretrained import from_hub, quiet, transformers_for
+from mezzotint.pretrained import NO_CODE, from_hub, quiet, transformers_for
 from mezzotint.progress import track
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings
@@ -274,14 +274,14 @@ def open_mae(source: str | Path, *, device: torch.device | str = "cpu", precisio
             )
 
     def read(local: bool) -> tuple[Any, Any]:
-        config = transformers.AutoConfig.from_pretrained(place, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(place, **NO_CODE, local_files_only=local)
         if config.model_type != "vit_mae":
             raise ValueError(f"it is a {config.model_type}, expected a vit_mae")
         options: dict[str, Any] = {"local_files_only": local, "output_loading_info": True, "mask_ratio": 0.0}
         network, info = transformers.ViTMAEModel.from_pretrained(place, **options)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
-        return network, transformers.AutoImageProcessor.from_pretrained(place, local_files_only=local)
+        return network, transformers.AutoImageProcessor.from_pretrained(place, **NO_CODE, local_files_only=local)
 
     network, processor = from_hub("masked autoencoder", place, read, "facebook/vit-mae-base", ", and name that folder")
     network.requires_grad_(False).eval().float().to(device)

@@ -134,7 +134,7 @@ def train(
         null = pipeline.no_caption if text else None
         objectives = [make_objective(recipe, denoiser, stage.levels, null, stage.times) for stage in plan]
         if recipe.representation.name in TOKENIZERS:
-            pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet)
+            pipeline.recipe = averaged.recipe = own_tokenizer(recipe, run, here, quiet=quiet, trust_code=trust_code)
             check_latents(train_set, pipeline.recipe)
         # Cached latents are their own encoder: the autoencoder is needed to show samples, and then had better be there.
         encoder = encoder_of(train_set, pipeline)

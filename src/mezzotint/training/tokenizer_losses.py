@@ -73,13 +73,18 @@ def perceptual_distance(features: FeatureMaps, images: Tensor, others: Tensor) -
     return distance
 
 
-def feature_maps(name: str, size: int, device: torch.device | str = "cpu") -> FeatureMaps:
+def feature_maps(name: str, size: int, device: torch.device | str = "cpu", *, trust_code: bool = False) -> FeatureMaps:
     """vgg16, or the function that ``module:function`` names; images (B, C, H, W) in [-1, 1] to feature maps.
 
-    size: side of the images. Raises `MezzotintError` for an unknown name, images that are too small for vgg16, and
-    weights that cannot be had.
+    size: side of the images. trust_code: import a module that is not this library's. Raises `MezzotintError` for an
+    unknown name, for a module that is not trusted, images that are too small for vgg16, and weights that cannot be had.
     """
     if ":" in name:
+        if not trust_code and not name.startswith("mezzotint."):
+            raise MezzotintError(
+                f"the recipe's representation.fit.perceptual_network {name} is code, which is run for nobody but who "
+                "trusts it; say --trust-code (trust_code=True), or name it on the command line, as KEY=VALUE"
+            )
         from mezzotint.evaluation.sources import imported
 
         return cast(FeatureMaps, imported(name))

@@ -55,12 +55,14 @@ SHOWN, FILTERS = 20, 256
 LOG_EVERY = 100
 
 
-def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
+def fit_tokenizer(
+    recipe: Recipe, out: str | Path, *, device: str = "auto", quiet: bool = False, trust_code: bool = False
+) -> dict[str, Any]:
     """Fit the tokenizer of `recipe.representation` to `recipe.data` into the new folder `out`; returns its metrics.
 
     The folder appears whole or not at all. The metrics are those of `measure` on the test split, on the training
-    images where there is none, and the means of the losses over the last tenth of the steps. Raises `MezzotintError`
-    for a representation that is not fitted, a folder in use, data that do not fit, a non-finite loss, a full disk.
+    images where there is none, and the means of the losses over the last tenth of the steps. trust_code: import the
+    module:function that the recipe may name. Raises `MezzotintError` for a representation that is not fitted, a folder in use, data that do not fit, a non-finite loss, a full disk.
     """
     settings, out = recipe.representation, Path(out)
     if settings.name not in TOKENIZERS:
@@ -75,7 +77,7 @@ def fit_tokenizer(recipe: Recipe, out: str | Path, *, device: str = "auto", quie
     except NoSuchSplit:
         split, held_out = "train", dataset
     info = tokenizer_info(recipe, dataset.identity)
-    tokenizer, losses = fit(info, dataset, recipe, here, quiet=quiet)
+    tokenizer, losses = fit(info, dataset, recipe, here, quiet=quiet, trust_code=trust_code)
     some = next(sampled_batches(held_out, SHOWN, SHOWN, recipe)).to(here)
     with torch.no_grad():
         pairs = torch.stack([some, tokenizer.decode(tokenizer.encode(some))], dim=1)
@@ -109,7 +111,7 @@ def tokenizer_info(recipe: Recipe, data: str = "") -> TokenizerInfo:
     )
 
 
-def own_tokenizer(recipe: Recipe, run: Path, here: World, *, quiet: bool = False) -> Recipe:
+def own_tokenizer(recipe: Recipe, run: Path, here: World, *, quiet: bool = False, trust_code: bool = False) -> Recipe:
     """`recipe` with a tokenizer of the run's own, RUN/tokenizer: a copy of representation.path, else fitted here.
 
     Any other recipe as it is. Every process calls it. Raises `MezzotintError` as `fit_tokenizer` and `open_tokenizer`
@@ -120,7 +122,7 @@ def own_tokenizer(recipe: Recipe, run: Path, here: World, *, quiet: bool = False
         return recipe
     if here.is_main:
         try:
-            _provide(recipe, place, str(here.device), quiet)
+            _provide(recipe, place, str(here.device), quiet, trust_code)
         except MezzotintError as error:
             problem = str(error)
     if here.any(bool(problem)):
@@ -128,7 +130,7 @@ def own_tokenizer(recipe: Recipe, run: Path, here: World, *, quiet: bool = False
     return recipe.model_copy(update={"representation": settings.model_copy(update={"path": str(place)})})
 
 
-def _provide(recipe: Recipe, place: Path, device: str, quiet: bool) -> None:
+def _provide(recipe: Recipe, place: Path, device: str, quiet: bool, trust_code: bool) -> None:
     settings = recipe.representation
     wanted: dict[str, Any] = {"name": settings.name, "stride": settings.stride, "channels": settings.channels}
     given = None if settings.path is None else Path(settings.path).expanduser()
@@ -149,7 +151,7 @@ def _provide(recipe: Recipe, place: Path, device: str, quiet: bool) -> None:
             )
         if not quiet:
             console.print(f"fitting {settings.name} into {place}", soft_wrap=True)
-        fit_tokenizer(recipe, place, device=device, quiet=quiet)
+        fit_tokenizer(recipe, place, device=device, quiet=quiet, trust_code=trust_code)
         return
     open_tokenizer(given, **wanted)
     with new_folder(place) as folder:
@@ -218,7 +220,13 @@ def sampled_batches(
 
 
 def fit(
-    info: TokenizerInfo, dataset: ImageDataset | ImageStream, recipe: Recipe, device: torch.device, *, quiet: bool
+    info: TokenizerInfo,
+    dataset: ImageDataset | ImageStream,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    quiet: bool,
+    trust_code: bool,
 ) -> tuple[Tokenizer, dict[str, float]]:
     """A tokenizer fitted to the data set, frozen, and its losses at the end (none of PCA).
 
@@ -241,7 +249,7 @@ def fit(
         if isinstance(tokenizer, PatchPCA):
             set_components(tokenizer, moments.covariance)
     if isinstance(tokenizer, PatchAutoencoder | ConvVAE):
-        losses = train_tokenizer(tokenizer, dataset, recipe, quiet=quiet)
+        losses = train_tokenizer(tokenizer, dataset, recipe, quiet=quiet, trust_code=trust_code)
     normalise(tokenizer, batches())
     return tokenizer.requires_grad_(False).eval(), losses
 
@@ -286,12 +294,14 @@ class TokenizerLosses:
     image, the last adversarial_weight·λ·(−mean D(x̂)) with VQGAN's adaptive λ. What has the weight 0 is not computed.
     """
 
-    def __init__(self, info: TokenizerInfo, size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, info: TokenizerInfo, size: int, seed: int, device: torch.device, *, trust_code: bool = False
+    ) -> None:
         fit = self.settings = info.fit
         self.features: FeatureMaps | None = None
         self.discriminator: PatchDiscriminator | None = None
         if fit.perceptual_weight:
-            self.features = feature_maps(fit.perceptual_network, size, device)
+            self.features = feature_maps(fit.perceptual_network, size, device, trust_code=trust_code)
         if fit.adversarial_weight:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -330,14 +340,19 @@ class TokenizerLosses:
 
 
 def train_tokenizer(
-    tokenizer: PatchAutoencoder | ConvVAE, dataset: ImageDataset | ImageStream, recipe: Recipe, *, quiet: bool = False
+    tokenizer: PatchAutoencoder | ConvVAE,
+    dataset: ImageDataset | ImageStream,
+    recipe: Recipe,
+    *,
+    quiet: bool = False,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Train in place; returns the means of the losses over the last tenth of the steps.
 
     What a step does depends on (recipe.seed, step) and the steps before. Raises `MezzotintError` for a non-finite loss.
     """
     settings, device = tokenizer.info.fit, tokenizer.device
-    losses = TokenizerLosses(tokenizer.info, recipe.data.size, recipe.seed, device)
+    losses = TokenizerLosses(tokenizer.info, recipe.data.size, recipe.seed, device, trust_code=trust_code)
     critic = losses.discriminator
     step_tokenizer = _adam(tokenizer.train(), settings, settings.steps)
     step_critic = None
