@@ -215,26 +215,26 @@ def test_code_that_a_recipe_names_is_not_imported_unless_trusted(module: Path) -
     assert feature_maps("mezzotint.studies.perceptual:digits", 8), "the library's own"
 
 
-CONV_VAE = (
-    "representation={name: conv-vae, stride: 2, channels: 2}",
-    "representation.fit={steps: 1, batch_size: 4, widths: [4, 4], layers: 1, groups: 2, examples: 8}",
-    "representation.fit.perceptual_weight=1",
-)
-
-
-def test_only_a_recipes_code_needs_the_option(command: Command, module: Path) -> None:
-    pytest.importorskip("diffusers")
+def test_what_was_typed_is_trusted_and_what_a_file_says_is_not(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     named = "representation.fit.perceptual_network=beside:maps"
-    (module.parent / "mine.yaml").write_text(load_recipe("digits", [*CONV_VAE, named]).to_yaml())
-    code, _, err = command("fit-tokenizer", "mine.yaml", "--out", "refused")
-    assert code == 2
-    assert "beside:maps is code" in err
-    assert not module.exists()
-    assert not (module.parent / "refused").exists()
-    code, _, err = command("fit-tokenizer", "mine.yaml", "--trust-code", "--out", "trusted")
-    assert (code, module.exists()) == (0, True), err
-    code, _, err = command("fit-tokenizer", "digits", *CONV_VAE, named, "--out", "typed")
-    assert code == 0, err
+    vae = ("representation={name: conv-vae, stride: 2, channels: 2}", "representation.fit={widths: [32, 32]}")
+    Path("mine.yaml").write_text(load_recipe("digits", [*vae, named]).to_yaml())
+    trusted: list[bool] = []
+
+    def called(*_: Any, trust_code: bool, **__: Any) -> Any:
+        trusted.append(trust_code)
+        raise MezzotintError("enough")
+
+    monkeypatch.setattr("mezzotint.training.tokenizers.fit_tokenizer", called)
+    monkeypatch.setattr("mezzotint.training.train", called)
+    for name in ("fit-tokenizer", "train"):
+        for words in (["mine.yaml"], ["mine.yaml", "--trust-code"], ["digits", *vae, named]):
+            assert command(name, *words).code == 2
+    assert command("train", "digits", *vae, named, "--resume").code == 2
+    assert trusted == [False, True, True, False, True, True, False], "a state to resume was not typed"
 
 
 def test_code_beside_a_model_of_transformers_is_not_imported(module: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_recipe_of_earlier_versions_is_read_where_it_is_whole(run: Path, pipel
     text = pipeline.recipe.to_yaml().encode()
     file.write_bytes(text)
     assert load_recipe(run) == pipeline.recipe
-    for end in reversed([*range(0, len(text) - 90, 211), *range(len(text) - 90, len(text))]):
+    for end in reversed([*range(0, len(text) - 30, 311), *range(len(text) - 30, len(text))]):
         os.truncate(file, end)
         with pytest.raises(MezzotintError):
             load_recipe(run)

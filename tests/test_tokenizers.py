@@ -341,7 +341,7 @@ def losses_of(recipe: Recipe) -> tuple[TokenizerLosses, Any]:
         name=settings.name, image_channels=1, stride=settings.stride, channels=settings.channels, fit=settings.fit
     )
     torch.manual_seed(0)
-    return TokenizerLosses(info, 8, 0, torch.device("cpu")), ConvVAE(info)
+    return TokenizerLosses(info, 8, 0, torch.device("cpu"), trust_code=True), ConvVAE(info)
 
 
 def test_the_discriminator_starts_when_told(tiny: Recipe, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mezzotint.errors import MezzotintError
 T = TypeVar("T")
 
 WEIGHTS = "diffusion_pytorch_model"
-#: for transformers' Auto classes: code beside a model is not imported; unsaid, they would ask in the middle of a command
+#: for transformers' Auto classes: no code beside a model is imported; unsaid, they would ask the user in between
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 

@@ -80,7 +80,7 @@ def feature_maps(name: str, size: int, device: torch.device | str = "cpu", *, tr
     unknown name, for a module that is not trusted, images that are too small for vgg16, and weights that cannot be had.
     """
     if ":" in name:
-        if not trust_code and not name.startswith("mezzotint."):
+        if not trust_code and not name.startswith("mezzotint.studies.perceptual:"):
             raise MezzotintError(
                 f"the recipe's representation.fit.perceptual_network {name} is code, which is run for nobody but who "
                 "trusts it; say --trust-code (trust_code=True), or name it on the command line, as KEY=VALUE"

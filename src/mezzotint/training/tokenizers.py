@@ -62,7 +62,8 @@ def fit_tokenizer(
 
     The folder appears whole or not at all. The metrics are those of `measure` on the test split, on the training
     images where there is none, and the means of the losses over the last tenth of the steps. trust_code: import the
-    module:function that the recipe may name. Raises `MezzotintError` for a representation that is not fitted, a folder in use, data that do not fit, a non-finite loss, a full disk.
+    module:function that the recipe may name. Raises `MezzotintError` for a representation that is not fitted, a folder
+    in use, data that do not fit, a non-finite loss, a full disk.
     """
     settings, out = recipe.representation, Path(out)
     if settings.name not in TOKENIZERS:
