@@ -177,7 +177,7 @@ def test_study_goes_on_where_it_was_interrupted(
     taken = interrupt(8 + 5)
     stopped = command(*words, "--out", out)
     assert stopped.code == 130
-    assert "the same command goes on" in stopped.err
+    assert f"stopped; continue with: mezzotint study ldae {' '.join(SMALL)} --data digits" in stopped.err
     assert [path.name for path in (out / "cells").iterdir()] == [f"{PCA}-seed0.json"]
     first = out / "cells" / f"{PCA}-seed0.json"
     before = first.stat().st_mtime_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ MAX_IN_MEMORY, MAX_GRID = 10_000, 100
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write; default: runs/<recipe>.")] = None,
@@ -118,6 +120,15 @@ def train(
         bool, typer.Option("--resume", help="Go on from the run folder's newest whole checkpoint.")
     ] = False,
     trust_code: TrustCode = False,
+    override: Annotated[
+        bool,
+        typer.Option(
+            "--override", help="With --resume: lr, grad_clip, precision, compile and ema of training may be other ones."
+        ),
+    ] = False,
+    data_changed: Annotated[
+        bool, typer.Option("--data-changed", help="With --resume: go on although the data set has changed.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a recipe into a run folder.
@@ -140,10 +151,11 @@ def train(
             device=device,
             # A state to resume is nothing that was typed.
             trust_code=trust_code or (not resume and _typed_code(loaded, overrides)),
+            override=override,
+            data_changed=data_changed,
         )
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with: mezzotint train {recipe} --out {folder} --resume")
-        raise typer.Exit(130) from None
+        raise _stopped(context, "--resume") from None
     if is_main_process():
         try:
             check_sampling(pipeline)
@@ -443,6 +455,7 @@ def evaluate(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     model: ModelArgument,
     arguments: Annotated[
         list[str],
@@ -494,8 +507,7 @@ def sweep(
                 progress=here.is_main,
             )
         except KeyboardInterrupt:
-            console.print("stopped; the same command goes on")
-            raise typer.Exit(130) from None
+            raise _stopped(context) from None
         if not here.is_main:
             return
     results.print(sweep_table(rows))
@@ -645,6 +657,7 @@ def denoise(
 
 @app.command()
 def study(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="STUDY", help="ldae: the trajectory from DiT to l-DAE.")],
     overrides: Annotated[
         list[str] | None,
@@ -690,8 +703,7 @@ def study(
     try:
         rows = run_study(data, out, device=device, processes=processes, progress=True, **options)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on")
-        raise typer.Exit(130) from None
+        raise _stopped(context) from None
     written = write_report(rows, out, data)
     typer.echo(written[0].read_text(encoding="utf-8"))
     for path in written:
@@ -804,6 +816,7 @@ def _recipe_of(model: str, overrides: list[str], weights: str) -> Any:
 
 @app.command()
 def encode(
+    context: typer.Context,
     dataset: Annotated[
         str,
         typer.Argument(
@@ -832,7 +845,10 @@ def encode(
         recipe = load_recipe("dit-xl-2-256", [f"data={dataset}", *(overrides or [])])
     else:
         recipe = load_recipe(dataset, overrides or [])
-    folder = write_latents(recipe, out, splits=split, dtype=dtype, batch_size=batch_size, device=device)
+    try:
+        folder = write_latents(recipe, out, splits=split, dtype=dtype, batch_size=batch_size, device=device)
+    except KeyboardInterrupt:
+        raise _stopped(context) from None
     results.print(str(folder), soft_wrap=True)
 
 
@@ -979,6 +995,38 @@ def recipes(
     for known in recipe_names():
         table.add_row(known, load_recipe(known).description)
     results.print(table)
+
+
+def _stopped(context: typer.Context, *more: str) -> typer.Exit:
+    """Say by which command the one that was interrupted goes on: itself, with the words `more`."""
+    from mezzotint.training.parallel import is_main_process
+
+    if is_main_process():
+        console.print(
+            f"stopped; continue with: {_command_of(context, *more)}", soft_wrap=True, markup=False, highlight=False
+        )
+    return typer.Exit(130)
+
+
+def _command_of(context: typer.Context, *more: str) -> str:
+    """The running command as it can be typed again, with the words `more` where it lacks them."""
+    words = ["mezzotint", str(context.info_name)]
+    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        words = ["torchrun", "--nproc-per-node", str(processes), "-m", "mezzotint.cli", *words[1:]]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        value, source = context.params.get(name), context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        given = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+        if parameter.param_type_name == "option":
+            option = parameter.opts[0]
+            if isinstance(value, bool):
+                given = [option if value else parameter.secondary_opts[0]]
+            else:
+                given = [word for one in given for word in (option, one)]
+        words += given
+    return shlex.join([*words, *(word for word in more if word not in words)])
 
 
 def print_scores(scores: dict[str, Any]) -> None:

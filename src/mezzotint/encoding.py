@@ -9,6 +9,7 @@ from mezzotint.data import ImageDataset, ImageStream
 from mezzotint.data.latents import SHARD_SIZE, SPLITS, encode_dataset
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
+from mezzotint.locks import LOCK, locked
 from mezzotint.recipe import Recipe
 from mezzotint.representations import KLAutoencoder, Tokenizer, representation
 from mezzotint.training.parallel import choose_device, rank_and_size
@@ -50,18 +51,19 @@ def encode(
     settings = recipe.representation.model_dump(exclude={"fit"})
     autoencoder = representation(**settings, device=choose_device(device))
     assert isinstance(autoencoder, KLAutoencoder | Tokenizer)
-    for split, dataset in datasets.items():
-        encode_dataset(
-            dataset,
-            autoencoder,
-            out,
-            split,
-            dtype=dtype,
-            shard_size=shard_size,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            workers=recipe.data.workers,
-            progress=progress and rank == 0,
-        )
+    with locked(Path(out), f"{LOCK}-{rank}" if rank else LOCK):  # each of the processes may be the last one
+        for split, dataset in datasets.items():
+            encode_dataset(
+                dataset,
+                autoencoder,
+                out,
+                split,
+                dtype=dtype,
+                shard_size=shard_size,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                workers=recipe.data.workers,
+                progress=progress and rank == 0,
+            )
     return Path(out)

@@ -9,9 +9,15 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
+import socket
+import stat
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,82 @@ from torch import Tensor
 
 from mezzotint.errors import MezzotintError
 from mezzotint.finite import check_finite
+from mezzotint.store import Store
+
+#: bytes of a file up to which `content_digest` is over all of it; beyond, the number and the length of its pieces
+DIGEST_WHOLE, DIGEST_PIECES, DIGEST_PIECE = 2**18, 8, 2**15
+#: files read at a time; more gain nothing from a local disk, and a few hide most of a network's latency
+DIGEST_THREADS = 8
+#: seconds for which a file may change again without its time telling so
+DIGEST_SETTLED = 2.0
+#: seconds after which a temporary file of another machine counts as left behind
+ABANDONED = 24 * 3600.0
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(r"\..*\.(?:([0-9a-f]{8})-)?([0-9]+)(?:-[0-9a-f]{8})?\.tmp")
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a named pipe must not wait
+_unfinished: set[str] = set()  # names of this process's own temporary files and folders
+_swept: set[Path] = set()  # folders in which this process has looked for those of dead ones
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` to write under before it becomes `path`: unpredictable, and telling whose it is."""
+    return path.with_name(f".{path.name[:40]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is a name that `temporary_name` gives."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are dead have left half-written in `folder`; the first time that it is asked."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for path in [Path(entry.path) for entry in entries if is_temporary(Path(entry.name))]:
+            if _is_abandoned(path):
+                remove(path)
+
+
+def sweep_anew() -> None:
+    """Have `sweep` look everywhere again, as whatever is begun now may find what was left since."""
+    _swept.clear()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or nothing, whatever may be wrong with it."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    found = _TEMPORARY.fullmatch(path.name)
+    assert found is not None
+    host, pid = found[1] or _HOST, int(found[2])
+    if host == _HOST and os.name == "posix":
+        return path.name not in _unfinished if pid == os.getpid() else not _is_alive(pid)
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime > ABANDONED
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
 
 logger = logging.getLogger("mezzotint")
 
@@ -37,10 +119,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises `MezzotintError` where the disk is full, read-only or not ours to write.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        sweep(path.parent)
+        temporary.touch(exist_ok=False)
+        _unfinished.add(temporary.name)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that nobody else can read
@@ -51,8 +135,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = error.strerror or str(error)
         raise MezzotintError(f"cannot write {path}: {reason}; free some space or choose another place") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        remove(temporary)
+        _unfinished.discard(temporary.name)
 
 
 def check_free(out: Path) -> None:
@@ -68,9 +152,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises `MezzotintError` where the disk is full, read-only or not ours to write.
     """
     place = out.resolve()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(place)
     try:
-        temporary.mkdir(parents=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place.parent)
+        temporary.mkdir()
+        _unfinished.add(temporary.name)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -84,7 +171,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         reason = error.strerror or str(error)
         raise MezzotintError(f"cannot write {out}: {reason}; free some space or choose another place") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+        _unfinished.discard(temporary.name)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -176,6 +264,83 @@ def name_bytes(name: str) -> bytes:
 def is_utf8(path: str | Path) -> bool:
     """Whether a path has no bytes of another encoding, which Python keeps as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
+# ---- Telling apart ---------------------------------------------------------------------------------------------------
+
+
+def content_digest(path: str | Path) -> bytes:
+    """16 bytes over a file's content, wherever it lies and whatever it is called; none for what cannot be read.
+
+    Up to `DIGEST_WHOLE` bytes they are over all of it. Of a larger file they are over its size and `DIGEST_PIECES`
+    evenly spaced pieces of `DIGEST_PIECE` bytes, both ends among them: a change between those that keeps the size is
+    not seen, which compressed images and videos do not suffer, but files of raw numbers may.
+    """
+    try:
+        descriptor = os.open(path, _READ_ONLY)
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                return b""
+            digest = hashlib.sha256(b"%d\0" % about.st_size)
+            if about.st_size <= DIGEST_WHOLE:
+                while data := os.read(descriptor, DIGEST_WHOLE):
+                    digest.update(data)
+            else:
+                for piece in range(DIGEST_PIECES):
+                    os.lseek(descriptor, piece * (about.st_size - DIGEST_PIECE) // (DIGEST_PIECES - 1), os.SEEK_SET)
+                    digest.update(os.read(descriptor, DIGEST_PIECE))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return b""
+    return digest.digest()[:16]
+
+
+def content_digests(paths: Sequence[str | Path]) -> list[bytes]:
+    """`content_digest` of each file, by a few threads.
+
+    What was read is kept under `cache_folder` by the file's path, size, times and number (inode), so that a second look
+    reads nothing. A cache that cannot be used is done without. A file that was written just now is not kept: it might
+    be written again without its time telling so.
+    """
+    now, here = time.time(), os.getcwd()
+    keys = [_state_of(path, here) for path in paths]
+    kept: dict[bytes, bytes] = {}
+    store: Store | None = None
+    with suppress(OSError, RuntimeError, MezzotintError):  # no home
+        store = Store(cache_folder() / "digests-1.sqlite3")  # raise with `content_digest`
+        kept = store.read([key for key, _ in keys if key])
+    missing = [number for number, (key, _) in enumerate(keys) if key and key not in kept]
+    parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        read = pool.map(lambda part: [content_digest(paths[number]) for number in part], parts)
+        found = {
+            number: digest
+            for part, some in zip(parts, read, strict=True)
+            for number, digest in zip(part, some, strict=True)
+        }
+    if store is not None:
+        settled = [number for number in missing if found[number] and now - keys[number][1] > DIGEST_SETTLED]
+        store.write({keys[number][0]: found[number] for number in settled})
+    return [found[number] if number in found else kept.get(key, b"") for number, (key, _) in enumerate(keys)]
+
+
+def _state_of(path: str | Path, folder: str) -> tuple[bytes, float]:
+    """A key of all that changes whenever a file's content does, empty of what is no file; and when it last changed.
+
+    folder: that relative paths are from.
+    """
+    try:
+        about = os.stat(path)
+    except OSError:
+        return b"", 0.0
+    if not stat.S_ISREG(about.st_mode):
+        return b"", 0.0
+    # The time of the last change (ctime) cannot be set back, as that of the content can (cp -p, rsync -t).
+    state = b"%d %d %d %d" % (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    key = hashlib.sha256(os.fsencode(os.path.join(folder, path)) + b"\0" + state).digest()[:16]
+    return key, max(about.st_mtime, about.st_ctime)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *extra: object) -> str:

@@ -9,12 +9,8 @@ checksum. Several processes may read and write it at once; a row that is damaged
 from __future__ import annotations
 
 import hashlib
-import logging
-import sqlite3
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +22,13 @@ from mezzotint.conditions.text import Text
 from mezzotint.errors import MezzotintError
 from mezzotint.files import cache_folder, tensors_digest
 from mezzotint.pretrained import NO_CODE, from_hub, transformers_for
+from mezzotint.store import Store
 
-logger = logging.getLogger("mezzotint")
 Tokens = tuple[int, ...]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: of a model's configuration, what changes nothing that it computes in a given precision
 IDLE_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-#: seconds to wait for another process that is writing
-PATIENCE = 60.0
-#: keys in one question to a database, fewer than SQLite's least limit of 999
-KEYS_AT_ONCE = 500
 
 
 class TextEncoder:
@@ -77,7 +69,8 @@ class TextEncoder:
         self.digest = tensors_digest(network.state_dict(), sorted(settings.items()))
         self._network.to(device)
         folder = cache_folder() / "captions" if cache is None else Path(cache).expanduser()
-        self._kept = Store(folder / f"{config.model_type}-{self.digest}-{precision}.sqlite3")
+        name = f"{config.model_type}-{self.digest}-{precision}.sqlite3"
+        self._kept = Store(folder / name, "the captions' features")
 
     def encode(self, captions: Sequence[str], *, batch_size: int = 64, cached: bool = True) -> Text:
         """The last hidden states of B captions' tokens, (B, T, width) on `device`, zero where there is no token.
@@ -142,54 +135,6 @@ def _key(tokens: Tokens) -> bytes:
 
 def _bytes(feature: Tensor) -> bytes:
     return feature.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-class Store:
-    """Bytes by key in one SQLite file. What cannot be read or written is missing, with a warning the first time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._warned = False
-
-    def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """Those that are there and whole."""
-        found: dict[bytes, bytes] = {}
-        with self._forgiving("read"), self._opened() as database:
-            for start in range(0, len(keys), KEYS_AT_ONCE):
-                some = keys[start : start + KEYS_AT_ONCE]
-                places = ", ".join("?" * len(some))
-                rows = database.execute(f"SELECT key, checksum, data FROM features WHERE key IN ({places})", some)
-                found |= {key: data for key, checksum, data in rows if zlib.crc32(data) == checksum}
-        return found
-
-    def write(self, rows: Mapping[bytes, bytes]) -> None:
-        """All of them or none."""
-        with self._forgiving("written"), self._opened() as database:
-            database.executemany(
-                "INSERT OR REPLACE INTO features VALUES (?, ?, ?)",
-                [(key, zlib.crc32(data), data) for key, data in rows.items()],
-            )
-
-    @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        """A connection for this call alone: none may be carried into another process or thread."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.path, timeout=PATIENCE)) as database, database:
-            database.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, checksum INT, data BLOB)")
-            yield database
-
-    @contextmanager
-    def _forgiving(self, purpose: str) -> Iterator[None]:
-        """A full disk, a damaged file or a folder that is not ours must not end a training."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            if not self._warned:
-                logger.warning(
-                    "the captions' features in %s cannot be %s (%s), and are computed anew; if it stays so, remove it",
-                    self.path, purpose, error,
-                )  # fmt: skip
-            self._warned = True
 
 
 # ---- Reading models --------------------------------------------------------------------------------------------------

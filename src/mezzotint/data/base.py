@@ -311,6 +311,15 @@ def report_unreadable(name: str, error: Exception, names: Sequence[str], limit: 
         )
 
 
+def same_content(identity: str, other: str) -> bool:
+    """Whether two identities are of the same content, whatever the folders that it lies in are called."""
+    return _without_name(identity) == _without_name(other)
+
+
+def _without_name(identity: str) -> str:
+    return re.sub(r"^.*-(?=\d+(?:x\d+)+-[^-]+-[0-9a-f]{12}(?:-|$))", "", identity)
+
+
 def content_identity(
     name: str, split: str, image_shape: tuple[int, ...], class_names: Sequence[str], content: Iterable[bytes]
 ) -> str:

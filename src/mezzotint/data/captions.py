@@ -19,8 +19,8 @@ from mezzotint.data.folder import (
     UNLABELLED,
     FileKind,
     PictureFiles,
-    file_content,
     files_below,
+    files_content,
     some,
     split_folder,
 )
@@ -67,8 +67,8 @@ def captioned_folder(
     samples = captioned_files(root, metadata, caption_column, IMAGES)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
     shape = (channels, size, size)
-    content = [file_content(file, root) + repr(captions).encode() for file, captions in samples]
-    content.append(repr(colour).encode())
+    about = repr(([texts for _, texts in samples], colour)).encode()
+    content = [*files_content([file for file, _ in samples], root), about]
     return DecodedImages(
         PictureFiles([(file, -1) for file, _ in samples]),
         image_shape=shape,

@@ -17,7 +17,7 @@ from mezzotint.data.pictures import ENDINGS, background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
-from mezzotint.files import name_bytes
+from mezzotint.files import content_digests, name_bytes
 
 logger = logging.getLogger("mezzotint")
 
@@ -83,7 +83,7 @@ def image_folder(
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
 
     shape = (channels, size, size)
-    content = [file_content(file, root) for file, _ in samples] + [repr(colour).encode()]
+    content = [*files_content([file for file, _ in samples], root), repr(colour).encode()]
     return DecodedImages(
         PictureFiles(samples),
         image_shape=shape,
@@ -189,10 +189,10 @@ def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[t
     return samples
 
 
-def file_content(file: str, root: Path) -> bytes:
-    """What tells a file from others without reading it: its path within `root` and its size."""
-    size = os.path.getsize(file) if os.path.exists(file) else 0  # 0: a broken link
-    return name_bytes(f"{os.path.relpath(file, root)}\0{size}")
+def files_content(files: Sequence[str], root: Path) -> list[bytes]:
+    """What tells files from others: of each its path within `root` and a digest of its content."""
+    names = [name_bytes(os.path.relpath(file, root)) for file in files]
+    return [name + b"\0" + digest for name, digest in zip(names, content_digests(files), strict=True)]
 
 
 def some(names: Collection[str]) -> str:

@@ -19,13 +19,14 @@ from mezzotint.data.pictures import background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError, closest
+from mezzotint.files import content_digests
 
 if TYPE_CHECKING:
     import datasets
 
 Row = Mapping[str, Any]  # its image still encoded: {"bytes": ..., "path": ...}, one of them perhaps None
 
-IDENTITY_ROWS = 16  # that the identity is a digest of
+STREAM_ROWS, SET_ROWS = 16, 256  # whose images are in the identity, of a stream its first, of a set all over it
 CHUNK = 100_000  # rows of a column that are looked through at a time
 MAX_SPARSE_CLASSES = 1000  # numbered classes that may be more than there are images
 CAPTION_MISSING = "the caption is missing"
@@ -177,12 +178,11 @@ def hugging_face(
     shape = (channels, size, size)
     name = f"{Path(path).name}-{config}" if config else Path(path).name
 
-    def identity(rows: Iterable[Row], length: int | None) -> str:
-        content = [repr((length, colour)).encode(), *map(columns.content, rows)]
-        return content_identity(name, split, shape, class_names, content)
+    def identity(content: Iterable[bytes]) -> str:
+        return content_identity(name, split, shape, class_names, [repr(colour).encode(), *content])
 
     if isinstance(part, datasets.IterableDataset):
-        first = list(part.take(IDENTITY_ROWS))
+        first = list(part.take(STREAM_ROWS))
         if not first:
             raise MezzotintError(f"{where} holds no images in its {split} split; choose another split or data set")
         return HubStream(
@@ -191,18 +191,17 @@ def hugging_face(
             str(path),
             shuffle_buffer,
             image_shape=shape,
-            identity=identity(first, None),
+            identity=identity(map(columns.content, first)),
             max_unreadable=max_unreadable,
             background=colour,
         )
 
     part = part.select(held_out(len(part), split, test_fraction))
-    rows = np.linspace(0, len(part) - 1, num=min(IDENTITY_ROWS, len(part)), dtype=int)
     images = DecodedImages(
         HubPictures(part, columns, str(path)),
         image_shape=shape,
         class_names=class_names,
-        identity=identity(part.select(rows), len(part)),
+        identity=identity(_content(part, columns)),
         max_unreadable=max_unreadable,
         texts=part[caption] if caption else None,
         background=colour,
@@ -218,6 +217,26 @@ def hugging_face(
         for index in bare:
             images.report(index, ValueError(CAPTION_MISSING))
     return images
+
+
+def _content(part: datasets.Dataset, columns: Columns) -> Iterator[bytes]:
+    """Of a set on disk: every label, caption and image file, the size of every image that is in the set, and some.
+
+    To read all of those would be to read the set.
+    """
+    import pyarrow.compute as pc
+
+    others = [name for name in (columns.label, columns.caption) if name is not None]
+    yield repr([part[name][:] for name in others]).encode()
+    images, order = part.data.column(columns.image), part._indices  # before rows were chosen
+    sizes = pc.binary_length(pc.struct_field(images, "bytes")).fill_null(-1)
+    paths = pc.if_else(pc.equal(sizes, -1), pc.struct_field(images, "path"), None)
+    if order is not None:
+        sizes, paths = sizes.take(order.column(0)), paths.take(order.column(0))
+    yield sizes.to_numpy().astype("<i8").tobytes()
+    yield b"".join(content_digests([path for path in paths.to_pylist() if path is not None]))
+    rows = np.linspace(0, len(part) - 1, num=min(SET_ROWS, len(part)), dtype=int)
+    yield from map(columns.content, part.select(rows))
 
 
 def _load_parts(path: str | Path, config: str | None, streaming: bool) -> Mapping[str, Any]:
@@ -365,7 +384,7 @@ def _has_labels(part: Any, column: str) -> bool:
     if not _is_integer((part.features or {}).get(column)):
         return True
     if isinstance(part, datasets.IterableDataset):
-        first = [row[column] for row in part.select_columns([column]).take(IDENTITY_ROWS)]
+        first = [row[column] for row in part.select_columns([column]).take(STREAM_ROWS)]
         return not first or any(label is not None and label >= 0 for label in first)
     return len(part) == 0 or bool((_integers(part, column) >= 0).any())
 

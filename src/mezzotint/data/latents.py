@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from mezzotint.data.base import ImageDataset, ImageStream
 from mezzotint.data.loader import dataset_batches
 from mezzotint.data.splits import NoSuchSplit, check_split
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, parse_json, save_tensors, write_text
+from mezzotint.files import CHECKSUM, atomic_path, content_digests, parse_json, save_tensors, write_text
 from mezzotint.progress import console, progress_bar
 from mezzotint.representations import KLAutoencoder, Tokenizer, scaled_latents
 from mezzotint.settings import Settings
@@ -303,8 +304,6 @@ class _Chunks:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
     """Write a shard, whole or not at all."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
     with atomic_path(path) as temporary:
         save_tensors(tensors, temporary, {"cache": fingerprint})
 
@@ -318,11 +317,12 @@ class DamagedShard(MezzotintError):
 
 @dataclass(frozen=True)
 class Shard:
-    """Where in a file the moments begin, and the labels int64 (n,)."""
+    """Where in a file the moments begin, the labels int64 (n,), a checksum (none: an earlier version)."""
 
     path: Path
     offsets: dict[str, int]  # of moments and moments_flipped, in bytes
     labels: Tensor
+    checksum: str
 
     @classmethod
     def read(cls, path: Path, info: CacheInfo, split: str, shard: int) -> Shard:
@@ -337,7 +337,8 @@ class Shard:
                 if length > min(size, MAX_HEADER):
                     raise ValueError("its header is cut off")
                 header = parse_json(file.read(length))
-                fingerprint = header.pop("__metadata__", {}).get("cache")
+                about = header.pop("__metadata__", {})
+                fingerprint, checksum = about.get("cache"), about.get(CHECKSUM, "")
                 found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
                 begin = 8 + length
                 places = {name: tuple(map(index, entry["data_offsets"])) for name, entry in header.items()}
@@ -362,7 +363,7 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"{path} is damaged: {error}") from None
         offsets = {name: begin + places[name][0] for name in ("moments", "moments_flipped")}
-        return cls(path, offsets, labels)
+        return cls(path, offsets, labels, checksum)
 
 
 class CachedLatents:
@@ -390,10 +391,14 @@ class CachedLatents:
         """(C, h, w) of x."""
         return self.info.latent_shape
 
-    @property
+    @cached_property
     def identity(self) -> str:
         labels = "" if self.class_names or not self.info.class_names else "-unlabelled"
-        return f"{self.info.splits[self.split].identity}-latents-{self.info.fingerprint(self.split)}{labels}"
+        digest = hashlib.sha256(self.info.fingerprint(self.split).encode())
+        digest.update(repr([shard.checksum for shard in self.shards]).encode())
+        for content in content_digests([shard.path for shard in self.shards if not shard.checksum]):
+            digest.update(content)
+        return f"{self.info.splits[self.split].identity}-latents-{digest.hexdigest()[:16]}{labels}"
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -28,7 +28,7 @@ from mezzotint.data.pictures import background_rgb, read_picture
 from mezzotint.data.splits import check_split, held_out, pick_split, split_of, split_word
 from mezzotint.data.transforms import check_channels, check_size, picture_to_tensor
 from mezzotint.errors import MezzotintError
-from mezzotint.files import name_bytes, parse_json, read_text
+from mezzotint.files import content_digests, name_bytes, parse_json, read_text
 
 logger = logging.getLogger("mezzotint")
 
@@ -168,7 +168,8 @@ def web_dataset(
     place = Path(path).expanduser().resolve()
     name = place.name if place.is_dir() else place.parent.name  # of a pattern, where it is
     shape = (channels, size, size)
-    content = [name_bytes(f"{shard.name}\0{shard.stat().st_size}") for shard in shards]
+    digests = content_digests(shards)
+    content = [name_bytes(shard.name) + b"\0" + digest for shard, digest in zip(shards, digests, strict=True)]
     content.append(repr((sorted(first.places), caption_column, colour)).encode())
     return TarStream(
         shards,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mezzotint.data.base import DecodedImages, content_identity
 from mezzotint.data.captions import captioned_files, find_metadata
-from mezzotint.data.folder import FileKind, classified_files, file_content, split_folder
+from mezzotint.data.folder import FileKind, classified_files, files_content, split_folder
 from mezzotint.data.pictures import background_rgb, check_pixels, open_picture
 from mezzotint.data.splits import held_out
 from mezzotint.data.transforms import check_channels, check_size
@@ -98,7 +98,7 @@ def video_folder(
         pyav("videos other than GIFs")
 
     shape = (frames, channels, size, size)
-    content = [file_content(file, root) for file, _ in samples] + [repr((frame_stride, texts, colour)).encode()]
+    content = [*files_content([file for file, _ in samples], root), repr((frame_stride, texts, colour)).encode()]
     return DecodedImages(
         VideoFiles(samples, frames, frame_stride),
         image_shape=shape,

@@ -36,7 +36,8 @@ from mezzotint.evaluation.probe import Labelled, accuracy
 from mezzotint.evaluation.probing import TIMES, labelled_sources
 from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import features_with_gradients, layers_of, pooled_features
-from mezzotint.files import check_free, new_folder, read_tensors, write_text
+from mezzotint.files import new_folder, read_tensors, write_text
+from mezzotint.locks import claimed
 from mezzotint.pipeline import PRECISIONS, Pipeline, build, load_tensors, save_weights
 from mezzotint.progress import console, track
 from mezzotint.randomness import mix
@@ -147,15 +148,30 @@ def finetune_classifier(
     Raises `MezzotintError`, before any step, for a folder in use, an unknown layer or time, data without labels or
     held-out images, clips, and a drop path that has no blocks; and for a loss that is not finite.
     """
-    settings, out, recipe = settings or FinetuneSettings(), Path(out), pipeline.recipe
-    check_free(out)
+    with claimed(Path(out)):
+        return _finetune_into(
+            Path(out), pipeline, settings or FinetuneSettings(), data or pipeline.recipe.data, layers, t, count, quiet
+        )
+
+
+def _finetune_into(
+    out: Path,
+    pipeline: Pipeline,
+    settings: FinetuneSettings,
+    data: DataSettings,
+    layers: int | None,
+    t: float,
+    count: int | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    recipe = pipeline.recipe
     if recipe.data.frames:
         raise MezzotintError("fine-tuning is of images, not of clips; choose a model of images")
     order = list(layers_of(pipeline.denoiser))
     layers = max(1, len(order) // 2) if layers is None else layers
     layers_of(pipeline.denoiser, [layers])  # raises for too many, or none
     names = order[:layers]
-    train, test = labelled_sources(data or recipe.data, count)
+    train, test = labelled_sources(data, count)
     classes = len(train.class_names)
     device = pipeline.device
     with torch.random.fork_rng(devices=[]):
@@ -181,7 +197,7 @@ def finetune_classifier(
     scored = ema.modules[0] if ema.modules else classifier
     mixed = mixing(settings, classes)
     autocast = torch.autocast(device.type, PRECISIONS["bf16"], enabled=settings.precision == "bf16")
-    change = augmentation(settings, recipe.data.size, (data or recipe.data).flip)
+    change = augmentation(settings, recipe.data.size, data.flip)
     batches = augmented_batches(train, batch_size, steps, change, mix(settings.seed, IMAGES))
     epochs: list[dict[str, Any]] = []
     for epoch in range(1, settings.epochs + 1):

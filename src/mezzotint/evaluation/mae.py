@@ -22,9 +22,10 @@ from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.augmentation import augmented_batches, cropping
 from mezzotint.evaluation.sources import DatasetSource, image_source, to_channels
-from mezzotint.files import check_free, new_folder, tensors_digest
+from mezzotint.files import new_folder, tensors_digest
 from mezzotint.interop.hub import is_name
 from mezzotint.interop.vit import processor_config
+from mezzotint.locks import claimed
 from mezzotint.pipeline import PRECISIONS
 from mezzotint.pretrained import NO_CODE, from_hub, quiet, transformers_for
 from mezzotint.progress import track
@@ -83,8 +84,12 @@ def train_mae(
     appears whole or not at all; training is not resumed. Raises `MezzotintError` for a recipe whose network has no
     patches, sizes that do not fit, a folder in use, clips, streams and latents, and a loss that is not finite.
     """
-    settings, training, out = settings or MAESettings(), recipe.training, Path(out)
-    check_free(out)
+    with claimed(Path(out)):
+        return _train_into(Path(out), recipe, settings or MAESettings(), device, progress)
+
+
+def _train_into(out: Path, recipe: Recipe, settings: MAESettings, device: str, progress: bool) -> dict[str, Any]:
+    training = recipe.training
     transformers = transformers_for("a masked autoencoder")
     here = choose_device(device)
     config = transformers.ViTMAEConfig(**_sizes(recipe, settings))

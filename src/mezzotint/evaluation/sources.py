@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mezzotint import data
 from mezzotint.data.base import content_identity
-from mezzotint.data.folder import UNLABELLED, FileKind, files_below
+from mezzotint.data.folder import UNLABELLED, FileKind, files_below, files_content
 from mezzotint.data.loader import dataset_batches
 from mezzotint.data.pictures import ENDINGS, WHITE, background_rgb, flatten, is_grey, read_picture
 from mezzotint.data.transforms import (
@@ -41,7 +41,7 @@ from mezzotint.data.transforms import (
     to_uint8,
 )
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import name_bytes, tensors_digest
+from mezzotint.files import tensors_digest
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.recipe import DataSettings
@@ -237,8 +237,6 @@ def _steps(count: int, batch_size: int, rank: int, world_size: int) -> range:
 
 
 PICTURES = FileKind("picture", ENDINGS)
-#: pictures whose bytes enter a folder's identity
-IDENTITY_PICTURES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,10 +306,7 @@ def picture_folder(
         width = height = size
     shape = (channels or (1 if is_grey(first) else 3), height, width)
     class_names = class_names if labelled else ()
-    # Names and lengths tell most changes, and samples drawn anew differ in any picture one looks into.
-    some = [files[i] for i in sorted({int(i) for i in np.linspace(0, len(files) - 1, IDENTITY_PICTURES)})]
-    content = [name_bytes(f"{name}\0{os.path.getsize(file)}") for name, file in zip(found, files, strict=True)]
-    content += [*(Path(file).read_bytes() for file in some), repr(colour).encode()]
+    content = [*files_content(files, root), repr(colour).encode()]
     return PictureFolder(
         files,
         [class_names.index(str(name)) for name in classes] if labelled else None,

@@ -17,6 +17,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -32,6 +33,7 @@ from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings,
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
 from mezzotint.files import atomic_path, tensors_digest, write_text
 from mezzotint.guidance import Guidance
+from mezzotint.locks import locked
 from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
@@ -108,7 +110,27 @@ def sweep(
     Raises `MezzotintError`, before anything is drawn, for an unknown axis or value, a grid of which nothing has a
     meaning, or without matplotlib for plots; and as `evaluate` does.
     """
-    out, rank = Path(out), place()[0]
+    with ExitStack() as stack:
+        of_first(lambda: stack.enter_context(locked(Path(out) / "sweep", what=Path(out))))
+        return _sweep_into(
+            Path(out), pipeline, axes, count, features, weights, reference, seed, batch_size, plots, progress
+        )
+
+
+def _sweep_into(
+    out: Path,
+    pipeline: Pipeline,
+    axes: Mapping[str, Sequence[Any]],
+    count: int,
+    features: str | FeatureNetwork | None,
+    weights: str | Path | None,
+    reference: DataSettings | ImageSource | str | Path | None,
+    seed: int,
+    batch_size: int,
+    plots: bool,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    rank = place()[0]
     cells = _cells(pipeline.recipe, axes)
     notes = [_meaningless(pipeline, cell) for cell in cells]
     if all(notes):

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from mezzotint.errors import MezzotintError, closest
 from mezzotint.evaluation.probe import LinearProbe, LinearProtocol
 from mezzotint.evaluation.probing import TIMES, probe
 from mezzotint.files import write_text
+from mezzotint.locks import locked
 from mezzotint.pipeline import build
 from mezzotint.progress import console
 from mezzotint.randomness import generator_for
@@ -304,14 +308,14 @@ def study(
         how = f"{processes} process(es) of {threads} thread(s)"
         console.print(f"{len(todo)} of {len(jobs)} cells to do: about {minutes:.0f} minutes, {how}", soft_wrap=True)
     parts = [[job for job in todo if job.seed == seed] for seed in seeds]
-    if processes == 1:
-        for part in parts:
-            _work(part, device, progress)
-    else:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-            for future in [pool.submit(_work, part, device, progress) for part in parts]:
-                future.result()
+    with locked(Path(out)):
+        if processes == 1:
+            for part in parts:
+                _work(part, device, progress)
+        else:
+            with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (threads,)) as pool:
+                for future in [pool.submit(_work, part, device, progress) for part in parts]:
+                    future.result()
     rows = [finished(job) for job in jobs]
     return [row for row in rows if row is not None]
 
@@ -344,6 +348,19 @@ def accuracy_of(row: dict[str, Any], probe: str, *, layer: int | None = None, t:
 
 
 # ---- A cell ----------------------------------------------------------------------------------------------------------
+
+
+def _begin(threads: int) -> None:
+    """What a process of a study does first: it will not outlive the one that started it, not even a killed one."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _work(jobs: Sequence[Job], device: str, progress: bool) -> None:

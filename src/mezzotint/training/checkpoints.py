@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mezzotint.errors import MezzotintError
-from mezzotint.files import file_checksum, readable_size, write_text
+from mezzotint.files import file_checksum, readable_size, sweep, temporary_name, write_text
 from mezzotint.training.parallel import World
 
 logger = logging.getLogger("mezzotint")
@@ -48,7 +49,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a state, oldest first, whole or not."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir())
+        names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-[0-9]{8,}", name))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -90,11 +92,11 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write `state` as this step's, then drop all but the newest `keep`. Every process calls it."""
-        place, unfinished = self.path(step), self.folder / f".step-{step:08d}.tmp"
+        place = self.path(step)
+        unfinished = self.world.of_main(lambda: temporary_name(place))
         failure, cause = "", None
         if self.world.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.world.barrier()
+            sweep(self.folder)
         try:
             with _alone():
                 save(state, checkpoint_id=unfinished, no_dist=self.world.size == 1)

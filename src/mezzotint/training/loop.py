@@ -32,31 +32,26 @@ from mezzotint.data import (
 from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import is_utf8, write_text
+from mezzotint.files import atomic_path, is_utf8
 from mezzotint.finite import nonfinite
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
-from mezzotint.representations import TOKENIZERS, Encoder, PatchPCA, PyramidEncoder
+from mezzotint.recipe import Recipe, TrainingSettings, resolve
+from mezzotint.representations import TOKENIZERS, Encoder, KLAutoencoder, PatchPCA, PyramidEncoder
 from mezzotint.representations.image_space import FullBasisEncoder
-from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
-from mezzotint.training.parallel import World, world
+from mezzotint.training.parallel import World, locked_by, world
+from mezzotint.training.run_folder import TrainedOn, check_run, flat
 from mezzotint.training.tokenizers import check_latents, own_tokenizer
 from mezzotint.weightings import TimeDistribution, single_level, time_distribution, training_range, weighting
 
 logger = logging.getLogger("mezzotint")
 
-#: what a resumed run may change: how long it goes on, and how often it reports; nothing that a weight depends on
-MAY_CHANGE = (
-    {"steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"},
-    {"workers", "max_unreadable"},
-)
 VALIDATION_EXAMPLES = 2048
 EXAMPLE_CAPTIONS = 64
 # Streams of random numbers, told apart by the second argument of `generator_for`.
@@ -71,6 +66,8 @@ def train(
     device: str = "auto",
     quiet: bool = False,
     trust_code: bool = False,
+    override: bool = False,
+    data_changed: bool = False,
 ) -> Pipeline:
     """Train `recipe` into the folder `run` and return the pipeline with its averaged (EMA) weights.
 
@@ -78,7 +75,9 @@ def train(
     state/ (checkpoints), logs/ (TensorBoard, and metrics.jsonl), samples/, adapter/ with LoRA, and tokenizer/, which is
     copied or fitted first. With `resume`, training goes on from the newest whole checkpoint and ends with the very
     weights of an uninterrupted run. Started by torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM
-    saves a checkpoint and raises `KeyboardInterrupt`. trust_code: import the module:function that the recipe may name,
+    saves a checkpoint and raises `KeyboardInterrupt`. override: the resumed run may change training.lr, grad_clip,
+    precision, compile and ema; data_changed: and its data set. record.json says what it was trained on, and what was
+    changed at which step. trust_code: import the module:function that the recipe may name,
     and resume states that another user wrote.
 
     Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
@@ -88,6 +87,7 @@ def train(
         raise MezzotintError(f"{run} is not in UTF-8, as TensorBoard's logs need it; choose another name")
     with ExitStack() as stack:
         here = stack.enter_context(world(device))
+        stack.enter_context(locked_by(here, run))
         plan = settings.plan()
         for stage in plan:
             if stage.settings.batch_size % (here.size * settings.accumulate):
@@ -106,7 +106,8 @@ def train(
             check_captions(train_set)
         reader = captioner(recipe, here.device) if text else None
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
-        check_run(run, recipe, resume, here)
+        data = TrainedOn.of(recipe, train_set, reader)
+        begun = check_run(run, recipe, data, here, resume=resume, override=override, data_changed=data_changed)
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints, trust_code=trust_code)
         step = (checkpoints.latest() or 0) if resume else 0
         if resume and not step and here.is_main:
@@ -140,6 +141,9 @@ def train(
         encoder = encoder_of(train_set, pipeline)
         if not isinstance(train_set, CachedLatents) or settings.sample_every:
             averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
+        autoencoder = encoder.digest if isinstance(encoder, KLAutoencoder) else None
+        if autoencoder is not None:
+            begun.check_autoencoder(autoencoder)
         if denoiser.space is not None:
             averaged.representation = pipeline.representation
             pipeline.connect()
@@ -155,17 +159,20 @@ def train(
         autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
         # -------------------------------------------------------------------------------------------------- resume
-        if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
-            recipe.write(run)
+        interrupted = stack.enter_context(catch_signals())
         if step:
             state = training_state(denoiser, optimizer, ema)
-            step = checkpoints.load(step, state)  # the averages are filled in place
+            saved = ema.saved_under(begun.decays_at(step, settings.ema))
+            step = checkpoints.load(step, {**state, "ema": saved})  # the averages are filled in place
             if bad := _poisoned(state):
                 raise MezzotintError(
                     f"{checkpoints.path(step)} holds NaN or infinite numbers ({bad}); remove it to go on from the "
                     "checkpoint before"
                 )
             set_state_dict(backbone, optimizer, model_state_dict=state["backbone"], optim_state_dict=state["optimizer"])
+            ema.start_others(denoiser, saved)
+        if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
+            begun.write(recipe, step, autoencoder)
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
         if here.is_main and not quiet:
             console.print(f"resuming {run} at step {step}, {trained}" if step else trained)
@@ -199,7 +206,6 @@ def train(
                 export(averaged, ema, run, step)
 
         # ---------------------------------------------------------------------------------------------------- loop
-        interrupted = stack.enter_context(catch_signals())
         # This process's losses, and its gradients' norms, since the last log line, still on the device.
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -338,55 +344,6 @@ def make_objective(
     )
 
 
-def check_run(run: Path, recipe: Recipe, resume: bool, here: World) -> None:
-    """Raise `MezzotintError`, on every process, unless the run folder is new, or to be resumed and of this recipe."""
-    written = run / "recipe.yaml"
-    problem = ""
-    if here.is_main:
-        if written.exists() and not resume:
-            problem = f"{run} already holds a run; continue it with --resume, or choose another --out"
-        elif written.exists():
-            problem = _differences(load_recipe(run), recipe, run)
-        elif run.is_dir() and any(OWN_FOLDER not in path.name for path in run.iterdir()):  # killed just after fitting
-            problem = f"{run} is not empty and not a run folder; choose another --out"
-    if here.any(bool(problem)):
-        raise MezzotintError(problem or f"{run} cannot be used; see the first process's message")
-
-
-def _differences(old: Recipe, new: Recipe, run: Path) -> str:
-    """A sentence on how `new` would change the run of `old`, or nothing where it may go on."""
-
-    def fixed(recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(
-            exclude={
-                "training": MAY_CHANGE[0],
-                "data": MAY_CHANGE[1],
-                "sampling": True,
-                "guidance": True,
-                "description": True,
-                # a run keeps a tokenizer of its own, wherever it was taken from
-                **({"representation": {"path"}} if recipe.representation.name in TOKENIZERS else {}),
-            }
-        )
-
-    before, after = _flat(fixed(old)), _flat(fixed(new))
-    changed = [key for key in before if before[key] != after.get(key)]
-    if old.training.steps != new.training.steps and new.training.lr_schedule != "constant":
-        changed.append("training.steps")
-        before["training.steps"], after["training.steps"] = old.training.steps, new.training.steps
-    if not changed:
-        return ""
-    shown = ", ".join(f"{key} ({before[key]} there, {after.get(key)} here)" for key in changed[:3])
-    return f"{run} belongs to another recipe: {shown}; use that run's recipe, or choose another --out"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def to_device(
     batch: Batch, device: torch.device, captioner: Captioner | None = None
 ) -> tuple[Tensor, Condition | None]:
@@ -520,8 +477,8 @@ def validation_loss(
 
 def _poisoned(state: dict[str, Any]) -> str | None:
     """The name of the first tensor of a training state that holds NaN or an infinity."""
-    flat = _flat({**state, "ema": {str(number): average for number, average in enumerate(state["ema"])}})
-    return nonfinite({name: value for name, value in flat.items() if isinstance(value, Tensor)})
+    found = flat({**state, "ema": {str(number): average for number, average in enumerate(state["ema"])}})
+    return nonfinite({name: value for name, value in found.items() if isinstance(value, Tensor)})
 
 
 def _diverged(what: str, value: float, step: int, examples: Tensor, checkpoints: Checkpoints) -> MezzotintError:
@@ -536,7 +493,7 @@ def _diverged(what: str, value: float, step: int, examples: Tensor, checkpoints:
 def _way_on(checkpoints: Checkpoints) -> str:
     last = checkpoints.latest()
     good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
-    return f"{good}. Lower training.lr or set training.grad_clip"
+    return f"{good}. Lower training.lr or set training.grad_clip (with --resume --override)"
 
 
 @contextmanager
@@ -594,15 +551,20 @@ class Log:
     def _forget_later_steps(self) -> None:
         # A killed run has logged steps after its last checkpoint, which will be taken again.
         if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
-            kept = []
-            for line in lines:
-                try:
-                    if json.loads(line)["step"] <= self.first_step:
-                        kept.append(line + "\n")
-                except ValueError:  # a line that the kill cut off
-                    continue
-            write_text(self.metrics, "".join(kept))
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if self._stays(line)]
+            if kept != lines:
+                with atomic_path(self.metrics) as temporary:
+                    temporary.write_bytes(b"".join(kept))
+
+    def _stays(self, line: bytes) -> bool:
+        """Whether a line of metrics.jsonl stays: of a step up to the first, or not ours; not if a kill cut it off."""
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            return line.endswith(b"\n")
+        step = values.get("step") if isinstance(values, dict) else None
+        return step <= self.first_step if isinstance(step, int) else line.endswith(b"\n")
 
     def losses(self, step: int, values: list[float], lr: float, batch_size: int) -> None:
         """The losses of the steps up to `step` since the last call."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mezzotint.errors import MezzotintError
+from mezzotint.locks import locked
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,32 @@ class World:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return bool(shared.item())
 
+    def of_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the main process, on every process."""
+        box = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return cast(T, box[0])
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+
+@contextmanager
+def locked_by(here: World, folder: Path) -> Iterator[None]:
+    """`locked`, by the main process for all of them; every process calls it, and raises where the main one does."""
+    problem = ""
+    with ExitStack() as stack:
+        if here.is_main:
+            try:
+                stack.enter_context(locked(folder))
+            except MezzotintError as error:
+                problem = str(error)
+        if here.any(bool(problem)):
+            raise MezzotintError(problem or f"{folder} cannot be used; see the first process's message")
+        yield
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -18,8 +18,9 @@ from mezzotint.data.loader import BatchOrder, dataset_batches, iterate_batches
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.data.transforms import flip
 from mezzotint.errors import MezzotintError
-from mezzotint.files import check_free, new_folder, write_text
+from mezzotint.files import new_folder, write_text
 from mezzotint.images import save_grid
+from mezzotint.locks import claimed
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import Recipe
@@ -70,8 +71,12 @@ def fit_tokenizer(
         raise MezzotintError(
             f"the representation {settings.name!r} is not fitted; set representation to one of {', '.join(TOKENIZERS)}"
         )
-    check_free(out)
-    here = choose_device(device)
+    with claimed(out):
+        return _fit_into(out, recipe, device, quiet, trust_code)
+
+
+def _fit_into(out: Path, recipe: Recipe, device: str, quiet: bool, trust_code: bool) -> dict[str, Any]:
+    settings, here = recipe.representation, choose_device(device)
     dataset = _images(recipe, "train")
     try:
         split, held_out = "test", _images(recipe, "test")

@@ -1,0 +1,372 @@
+"""A run that goes on: on the same data, by the same recipe, alone in its folder, or with every change written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, Command
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mezzotint
+from mezzotint import files
+from mezzotint.errors import MezzotintError
+from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.training import loop
+from mezzotint.training.checkpoints import Checkpoints
+from mezzotint.training.ema import EMA
+from mezzotint.training.parallel import World
+
+TINY = (*SHORT, "backbone.width=16", "backbone.depth=1", "backbone.heads=2", "data.size=8", "training.batch_size=4")
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def image(folder: Path, number: int, value: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(folder / f"{number}.bmp")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for label, name in enumerate(("apple", "pear")):
+        for number in range(4):
+            image(tmp_path / "set" / name, number, 60 * label + number)
+    return tmp_path / "set"
+
+
+def recipe_of(photos: Path, *overrides: str) -> Recipe:
+    return load_recipe("digits", [*TINY, "data.name=folder", f"data.path={photos}", "training.steps=4", *overrides])
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path) -> Path:
+    """Four steps on the photos."""
+    mezzotint.train(recipe_of(photos), tmp_path / "run", quiet=True)
+    return tmp_path / "run"
+
+
+def go_on(run: Path, photos: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Two more steps; the record."""
+    mezzotint.train(recipe_of(photos, "training.steps=6", *overrides), run, resume=True, quiet=True, **options)
+    return json.loads((run / "record.json").read_text())
+
+
+def class_names(run: Path) -> list[str]:
+    with safe_open(run / "model.safetensors", "pt") as file:
+        return json.loads(file.metadata()["class_names"])
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def test_what_a_run_was_trained_on_is_written_down(run: Path, photos: Path) -> None:
+    record = json.loads((run / "record.json").read_text())
+    assert record["data"]["path"] == str(photos)
+    assert record["data"]["class_names"] == ["apple", "pear"]
+    assert record["data"]["images"] == 8
+    assert record["changes"] == []
+
+
+def rename(photos: Path) -> None:
+    (photos / "apple").rename(photos / "zebra")  # the labels trade places
+
+
+def add(photos: Path) -> None:
+    for number in range(4, 10):
+        image(photos / "pear", number, number)
+
+
+def swap(photos: Path) -> None:
+    image(photos / "apple", 2, 200)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (rename, "it has no class apple any more, and its class zebra is new;"),
+        (add, "it has 14 images instead of 8;"),
+        (swap, "its images, labels or captions are other ones, though as many;"),
+    ],
+)
+def test_other_data_are_refused_and_with_data_changed_recorded(run: Path, photos: Path, change: Any, told: str) -> None:
+    change(photos)
+    before = contents(run)
+    with pytest.raises(MezzotintError, match=f"not the one that .*run was trained on: {told}.*--data-changed"):
+        go_on(run, photos)
+    assert contents(run) == before
+    record = go_on(run, photos, data_changed=True)
+    names = sorted(path.name for path in photos.iterdir())
+    assert class_names(run) == record["data"]["class_names"] == names
+    [changed] = record["changes"]
+    assert (changed["step"], changed["data"]["class_names"]) == (4, ["apple", "pear"])
+    go_on(run, photos)  # they are its data now
+
+
+def test_the_same_data_at_another_place_are_accepted_and_said(
+    run: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = photos.rename(photos.with_name("elsewhere"))
+    record = go_on(run, moved)
+    assert "goes on with the same content at another place: data.path" in caplog.text
+    assert record["data"]["path"] == str(moved)
+    assert record["changes"][0]["recipe"]["data.path"] == [str(photos), str(moved)]
+    assert load_recipe(run).data.path == str(moved)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_one_sentence(
+    run: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "record.json").unlink()
+    assert go_on(run, photos)["data"]["images"] == 8
+    assert caplog.text.count("does not say what it was trained on") == 1
+    (run / "record.json").unlink()
+    moved = photos.rename(photos.with_name("elsewhere"))
+    with pytest.raises(MezzotintError, match=r"data.path .*--data-changed would allow data.path"):
+        go_on(run, moved)
+    go_on(run, moved, data_changed=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', "[" * 100_000])
+def test_a_damaged_record_is_said(run: Path, photos: Path, text: str) -> None:
+    (run / "record.json").write_text(text)
+    with pytest.raises(MezzotintError, match=r"record.json is damaged .* remove it"):
+        go_on(run, photos)
+
+
+def test_init_may_be_gone_elsewhere_once_a_checkpoint_has_its_weights(run: Path, photos: Path, tmp_path: Path) -> None:
+    mezzotint.train(recipe_of(photos, f"init={run}"), tmp_path / "tuned", quiet=True)
+    moved = run.rename(run.with_name("moved"))
+    assert go_on(tmp_path / "tuned", photos, f"init={moved}")["changes"][0]["recipe"]["init"] == [str(run), str(moved)]
+
+
+# ------------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["training.lr=1.0e-5", "training.grad_clip=0.5", "training.precision=bf16", "training.ema=[0.9]"],
+)
+def test_what_advice_says_may_be_changed_with_override(run: Path, photos: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(MezzotintError, match=rf"begun with other settings: {key} .*add --override"):
+        go_on(run, photos, override)
+    record = go_on(run, photos, override, override=True)
+    before, after = (recipe_of(photos, *more).training.model_dump(mode="json") for more in ([], [override]))
+    name = key.partition(".")[2]
+    assert record["changes"][0]["step"] == 4
+    assert record["changes"][0]["recipe"][key] == [before[name], after[name]]
+    assert getattr(load_recipe(run).training, name) == getattr(recipe_of(photos, override).training, name)
+    go_on(run, photos, override)  # it is the run's recipe now
+    with pytest.raises(MezzotintError, match="begun with other settings"):
+        go_on(run, photos)
+
+
+def test_a_refusal_says_which_of_the_changes_override_would_allow(run: Path, photos: Path) -> None:
+    for options in ({}, {"override": True}):
+        with pytest.raises(MezzotintError, match="belongs to another recipe: seed") as refused:
+            go_on(run, photos, "seed=1", "training.lr=1.0e-5", **options)
+        assert ("of these, --override would allow training.lr)" in str(refused.value)) == (not options)
+
+
+def test_a_lower_learning_rate_is_the_one_that_is_used(run: Path, photos: Path) -> None:
+    go_on(run, photos, "training.lr=1.0e-9", "training.ema=[]", override=True)
+    last = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (last["step"], last["lr"]) == (6, pytest.approx(1e-9))
+
+
+def test_averages_go_on_under_their_decay_else_in_their_place_else_from_the_weights() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(module, [0.5, 0.9, 0.99])
+    saved = ema.saved_under([0.9, 0.8])
+    # 0.9 is its own; 0.5 would take the place of 0.9, which goes on itself; 0.99 has no place.
+    assert saved.keys() == {"0"}
+    assert saved["0"] is ema.averages[1]
+    assert EMA(module, [0.5, 0.9]).saved_under([0.9, 0.8]).keys() == {"0"}
+    changed = EMA(module, [0.5, 0.7])
+    assert [id(changed.saved_under([0.6, 0.7])[key]) for key in "01"] == [id(one) for one in changed.averages]
+    module.weight.data.fill_(7.0)
+    ema.start_others(module, saved)
+    assert [average["weight"].item() == 7.0 for average in ema.averages] == [True, False, True]
+
+
+def test_other_averages_are_what_they_should_be_whichever_checkpoint_they_come_from(
+    photos: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of nearly zero the weights stay, and an average of a long decay stays what it was."""
+    run, still = tmp_path / "run", ["training.ema_warmup=false", "training.lr=1.0e-30", "training.checkpoint_every=100"]
+    begun = recipe_of(photos, *still, "training.ema=[0.5,0.999999]", "training.lr=0.1", "training.checkpoint_every=4")
+    mezzotint.train(begun, run, quiet=True)
+    own = load_file(run / "model-ema-0.999999.safetensors")
+    go_on(run, photos, "training.ema=[0.999999]", *still, override=True)
+    found = load_file(run / "model.safetensors")
+    assert all(torch.allclose(found[name], own[name], atol=1e-4) for name in own)
+    # The newest checkpoint is of one average, and the one before it, of step 4, still of two.
+    (run / "state" / "step-00000006" / "manifest.json").write_text("damaged")
+    go_on(run, photos, "training.ema=[0.999999,0.5]", *still, override=True)
+    found, second = load_file(run / "model.safetensors"), load_file(run / "model-ema-0.5.safetensors")
+    assert all(torch.allclose(found[name], own[name], atol=1e-4) for name in own)
+    assert any(not torch.allclose(second[name], own[name], atol=1e-2) for name in own)
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_that_was_killed_before_its_recipe_is_begun_anew(photos: Path, tmp_path: Path, resume: bool) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    dead = 2**22 + 1
+    for name in (f".recipe.yaml.{files._HOST}-{dead}-0123abcd.tmp", f".recipe.yaml.{dead}.tmp", ".lock", "record.json"):
+        (run / name).write_text("half")
+    mezzotint.train(recipe_of(photos), run, resume=resume, quiet=True)
+    assert not list(run.glob(".*"))
+    assert load_recipe(run).training.steps == 4
+
+
+def test_a_folder_like_a_checkpoint_is_none(run: Path, photos: Path) -> None:
+    (run / "state" / "step-00000002-backup").mkdir()
+    (run / "state" / "step-4").mkdir()
+    assert Checkpoints(run / "state", ALONE, 2).steps() == [2, 4]
+    go_on(run, photos)
+    assert (run / "state" / "step-00000002-backup").is_dir()
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_swept(run: Path, photos: Path) -> None:
+    left = run / "state" / f".step-00000006.{files._HOST}-{2**22 + 1}-0123abcd.tmp"
+    left.mkdir()
+    (left / "part").write_text("half")
+    go_on(run, photos)
+    assert sorted(path.name for path in (run / "state").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_lines_of_metrics_that_are_not_ours_stay_and_one_cut_off_goes(run: Path, photos: Path) -> None:
+    file = run / "logs" / "metrics.jsonl"
+    foreign = [b"# by hand", b"[1]", b"17", b'{"note": "lr was high"}', b'{"step": "4"}', b"\xff\xfe"]
+    file.write_bytes(file.read_bytes() + b"\n".join(foreign) + b'\n{"step": 9, "loss/train": 1.0}\n{"step": 4, "lo')
+    go_on(run, photos)
+    lines = file.read_bytes().splitlines()
+    assert [line for line in lines if line in foreign] == foreign
+    assert [json.loads(line)["step"] for line in lines if line not in foreign] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["logs", "state", "samples", "recipe.yaml", "model.safetensors"])
+def test_files_in_the_place_of_folders_and_the_reverse(photos: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if "." in name:
+        (run / name).mkdir()
+    else:
+        (run / name).write_text("")
+    with pytest.raises(MezzotintError, match=rf"{name} is a (file|folder), and a run has a (file|folder) of that name"):
+        mezzotint.train(recipe_of(photos), run, quiet=True)
+    assert [path.name for path in run.iterdir()] == [name]
+
+
+def test_two_starts_into_one_folder_never_mix(photos: Path, tmp_path: Path) -> None:
+    """7 of 28 pairs mixed one run's recipe with the other's weights."""
+    run, seen = tmp_path / "run", []
+    advance = loop.Log.advance
+
+    def meanwhile(log: loop.Log, step: int) -> None:
+        advance(log, step)
+        if step == 1:
+            for resume in (False, True):
+                with pytest.raises(MezzotintError, match=rf"run is in use by process {os.getpid()} on ") as refused:
+                    mezzotint.train(recipe_of(photos, "seed=1"), run, resume=resume, quiet=True)
+                seen.append(refused)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Log, "advance", meanwhile)
+        mezzotint.train(recipe_of(photos), run, quiet=True)
+    assert len(seen) == 2
+    assert load_recipe(run).seed == 0
+    mezzotint.train(recipe_of(photos), tmp_path / "alone", quiet=True)
+    mixed, alone = load_file(run / "model.safetensors"), load_file(tmp_path / "alone" / "model.safetensors")
+    assert all(torch.equal(mixed[name], alone[name]) for name in alone)
+
+
+# ---------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_the_hint_after_ctrl_c_is_the_command_that_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    spaced = photos.rename(tmp_path / "my photos [1]")
+    advance = loop.Log.advance
+
+    def interrupted(log: loop.Log, step: int) -> None:
+        advance(log, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Log, "advance", interrupted)
+    words = ["train", "digits", *TINY, "data.name=folder", f"data.path={spaced}", "--out", str(tmp_path / "a run")]
+    stopped = command(*words)
+    assert stopped.code == 130
+    hint = stopped.err.partition("continue with: ")[2]
+    assert f"'data.path={spaced}'" in hint
+    monkeypatch.setattr(loop.Log, "advance", advance)
+    again = shlex.split(hint)
+    assert again[0] == "mezzotint"
+    assert sorted(again[1:]) == sorted([*words, "--resume"])
+    assert command(*again[1:]).code == 0
+    assert Checkpoints(tmp_path / "a run" / "state", ALONE, 2).steps()[-1] == 6
+
+
+@pytest.mark.parametrize("place", ["read", "written"])
+def test_ctrl_c_while_a_checkpoint_is_read_or_written_leaves_the_state_safe(
+    run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, command: Command, place: str
+) -> None:
+    """A second one, as the first only asks to stop; it arrives inside torch, which makes an error of its own of it."""
+    from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+    kind, name = (FileSystemReader, "read_data") if place == "read" else (FileSystemWriter, "write_data")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = contents(run / "state")
+    words = ["train", "digits", *TINY, "data.name=folder", f"data.path={photos}", "--out", str(run), "--resume"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, interrupted)
+        stopped = command(*words, "training.steps=6")
+    assert (stopped.code, "stopped; continue with: mezzotint train digits" in stopped.err) == (130, True), stopped.err
+    assert contents(run / "state") == before
+    assert command(*words, "training.steps=6").code == 0
+
+
+def test_a_killed_study_s_processes_end_with_it(tmp_path: Path) -> None:
+    program = (
+        "import os, time; from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\nfrom mezzotint.studies.ldae import _begin\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn'), _begin, (1,)) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while files._is_alive(child):
+        assert time.monotonic() < deadline, "the child has outlived its parent"
+        time.sleep(0.05)
