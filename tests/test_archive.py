@@ -123,7 +123,7 @@ def test_a_begun_run_is_not_mixed_with_another(
     word: str,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(archive.np, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(archive.np, "savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             sample_to_npz(pipeline, tmp_path / "s.npz", [3, 8], 30)
     if change.pop("weights", 0):
@@ -148,7 +148,7 @@ def test_torchrun_and_a_kill(pipeline: mezzotint.Pipeline, tmp_path: Path) -> No
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while process.poll() is None and not list(tmp_path.glob("s.npz.parts/0*.npy")):
+    while process.poll() is None and not list(tmp_path.glob("s.npz.parts/0*.npz")):
         time.sleep(0.01)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -239,10 +239,23 @@ def begun(pipeline: mezzotint.Pipeline, path: Path) -> Path:
 def test_damaged_parts_are_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
     parts = begun(pipeline, path)
-    first, second, third = sorted(parts.glob("*.npy"))
+    first, second, third = sorted(parts.glob("*.npz"))
     first.write_bytes(first.read_bytes()[:-1])
     second.write_bytes(b"")
     np.save(third, np.array([{}, {}]), allow_pickle=True)
+    sample_to_npz(pipeline, path, [3, 8], 6)
+    assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
+
+
+def test_a_flipped_part_is_found_and_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    second = sorted(begun(pipeline, path).glob("*.npz"))[1]
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 4
+    second.write_bytes(content)
+    with pytest.raises(MezzotintError, match=rf"{second.name} was damaged .*CRC.* run the same command again"):
+        sample_to_npz(pipeline, path, [3, 8], 6)
+    assert not path.exists()
     sample_to_npz(pipeline, path, [3, 8], 6)
     assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
 

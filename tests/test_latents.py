@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_damage import flips
 
 import mezzotint
 from mezzotint.data import BatchOrder, CachedLatents, digits, encode_dataset, image_folder, iterate_batches
@@ -731,6 +733,45 @@ def test_a_cache_that_lies_is_refused_at_once(
     with pytest.raises(MezzotintError, match=sentence):
         cached_latents(cache)
     assert time.perf_counter() - begun < 1
+
+
+def test_every_flipped_bit_of_a_shard_is_found(cache: Path) -> None:
+    indices = torch.arange(COUNT)
+    expected = cached_latents(cache, flip=True).get_batch(indices)
+    passed = 0
+    for _ in flips(sorted((cache / "train").iterdir())[0], 400):
+        try:
+            found = cached_latents(cache, flip=True).get_batch(indices)
+        except MezzotintError:
+            continue
+        passed += 1  # in the name or the digits of `save_tensors`'s own checksum, which `encode` alone looks at
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert passed <= len('"crc32":"01234567"')
+
+
+def test_a_flipped_example_is_named_and_encoding_mends_it(recipe: Recipe, cache: Path) -> None:
+    dataset, expected = cached_latents(cache), contents(cache)
+    shard = dataset.shards[1]
+    assert isinstance(shard, Shard)
+    content = bytearray(shard.path.read_bytes())
+    content[shard.offsets["moments"]] ^= 1
+    shard.path.write_bytes(content)
+    with pytest.raises(MezzotintError, match=rf"00001-of-00003.* example {SHARD} has another content .*encode' again"):
+        dataset.get_batch(torch.arange(COUNT))
+    encode(recipe, cache, shard_size=SHARD, batch_size=3, progress=False)
+    assert [content for _, content in contents(cache).values()] == [content for _, content in expected.values()]
+
+
+def test_shards_of_earlier_versions_are_read(cache: Path) -> None:
+    indices = torch.arange(COUNT)
+    expected = cached_latents(cache).get_batch(indices)
+    for file in (cache / "train").iterdir():
+        tensors = load_file(file)
+        del tensors["checksums"]
+        with safe_open(file, "pt") as opened:
+            save_file(tensors, file, {"cache": opened.metadata()["cache"]})
+    found = cached_latents(cache).get_batch(indices)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_file_that_shrinks_during_training(cache: Path) -> None:

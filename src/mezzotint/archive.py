@@ -88,7 +88,7 @@ def sample_to_npz(
         ready[start] = draw(start, min(start + batch_size, count))
         write_text(parts / PLAN, json.dumps({"part_size": batch_size, "plan": plan}, indent=2) + "\n")
         size = batch_size
-    files = {start: parts / f"{start:09d}.npy" for start in range(0, count, size)}
+    files = {start: parts / f"{start:09d}.npz" for start in range(0, count, size)}
     lengths = {start: min(size, count - start) for start in files}
     mine = list(files)[rank::world_size]
     for number, start in enumerate(mine, 1):
@@ -96,7 +96,7 @@ def sample_to_npz(
             continue
         pixels = ready.pop(start) if start in ready else draw(start, start + lengths[start])
         with atomic_path(files[start]) as temporary, open(temporary, "wb") as file:
-            np.save(file, pixels)
+            np.savez(file, pixels)  # a zip has a CRC-32 of what is in it
         if progress:
             console.print(f"part {number} of {len(mine)} of this process is drawn")
     if rank == 0:
@@ -145,10 +145,25 @@ def _begun(parts: Path, plan: dict[str, Any]) -> int | None:
 def _is_whole(part: Path, count: int) -> bool:
     """Whether the part is there, `count` images in their full length; one that is not is drawn again."""
     try:
-        images = np.load(part, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with zipfile.ZipFile(part) as archive, archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
         return False
-    return images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
+    return dtype == np.uint8 and len(shape) == 4 and shape[0] == count
+
+
+def _pixels(part: Path) -> np.ndarray:
+    """A part's images. Raises `MezzotintError` for one that is damaged, and removes it: it is then drawn again."""
+    try:
+        with np.load(part, allow_pickle=False) as archive:
+            images: np.ndarray = archive["arr_0"]
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+        part.unlink(missing_ok=True)
+        raise MezzotintError(
+            f"{part} was damaged ({error}) and is removed; run the same command again, which draws its images anew"
+        ) from None
+    return images
 
 
 def _checksums(path: Path) -> dict[str, Any] | None:
@@ -170,13 +185,13 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _join(files: Sequence[Path], labels: np.ndarray | None, count: int, path: Path) -> None:
     """Write the parts one after the other as arr_0, without holding more than one."""
-    shape = (count, *np.load(files[0], mmap_mode="r").shape[1:])
+    shape = (count, *_pixels(files[0]).shape[1:])
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for file in files:
-                member.write(np.load(file, allow_pickle=False).tobytes())
+                member.write(_pixels(file).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, labels, allow_pickle=False)

@@ -7,7 +7,8 @@
 
 Moments are the mean and, in the second half of the channels, the log-variance of a latent, unscaled; the flipped ones
 are of the mirror image. Training draws a fresh latent from them every time. A tokenizer without a posterior, such as
-PCA, has C channels of moments: the latents themselves.
+PCA, has C channels of moments: the latents themselves. checksums int64 (n, 2) are the CRC-32s of an example's moments
+and moments_flipped, verified when it is read; those of before have none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import math
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -33,7 +36,15 @@ from mezzotint.data.base import ImageDataset, ImageStream
 from mezzotint.data.loader import dataset_batches
 from mezzotint.data.splits import NoSuchSplit, check_split
 from mezzotint.errors import MezzotintError
-from mezzotint.files import CHECKSUM, atomic_path, content_digests, parse_json, save_tensors, write_text
+from mezzotint.files import (
+    CHECKSUM,
+    atomic_path,
+    content_digests,
+    parse_json,
+    read_tensors,
+    save_tensors,
+    write_text,
+)
 from mezzotint.progress import console, progress_bar
 from mezzotint.representations import KLAutoencoder, Tokenizer, scaled_latents
 from mezzotint.settings import Settings
@@ -45,6 +56,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 SPLITS = ("train", "test")
+MOMENTS = ("moments", "moments_flipped")
 MAX_HEADER = 2**20  # bytes of a shard's header, which names three tensors
 SHARD_SIZE = 1024  # examples: all that a kill can lose, and 64 MiB of float32 at 256 × 256 pixels
 
@@ -142,7 +154,7 @@ def encode_dataset(
 ) -> Path:
     """Encode every image of `dataset`, and its mirror image, into the folder `out` as `split`; returns the folder.
 
-    Only shards that are missing or cut off are made, each written whole or not at all, so a killed run loses one shard
+    Only shards that are missing or damaged are made, each written whole or not at all, so a killed run loses one shard
     and a finished folder is left alone. Shard k is made by process k mod `world_size`; the processes need not meet.
     `workers` decode images meanwhile. Raises `MezzotintError` for a stream, a folder that holds something else or was
     encoded from or by something else (it says what), moments that `dtype` cannot hold, a full disk.
@@ -237,6 +249,10 @@ def _is_whole(out: Path, info: CacheInfo, split: str, shard: int) -> bool:
         return False
     try:
         Shard.read(path, info, split, shard)
+        try:
+            read_tensors(path)
+        except MezzotintError:
+            raise DamagedShard(f"{path} is damaged: it has another content than was written") from None
     except DamagedShard as error:
         logger.warning("%s; it is made anew", error)
         return False
@@ -266,7 +282,7 @@ def _encode_shards(
         for shard in shards:
             rows = info.rows(split, shard)
             shape = (len(rows), *info.moments_shape)
-            tensors = {name: torch.empty(shape, dtype=DTYPES[info.dtype]) for name in ("moments", "moments_flipped")}
+            tensors = {name: torch.empty(shape, dtype=DTYPES[info.dtype]) for name in MOMENTS}
             tensors["labels"] = torch.full((len(rows),), -1)
             filled = 0
             while filled < len(rows):
@@ -304,8 +320,16 @@ class _Chunks:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
     """Write a shard, whole or not at all."""
+    rows = [tensors[name].flatten(1).contiguous().view(torch.uint8).numpy() for name in MOMENTS]
+    sums = torch.tensor([[zlib.crc32(image), zlib.crc32(mirrored)] for image, mirrored in zip(*rows, strict=True)])
+    about = {"cache": fingerprint, "index": _index(tensors["labels"], sums)}
     with atomic_path(path) as temporary:
-        save_tensors(tensors, temporary, {"cache": fingerprint})
+        save_tensors(tensors | {"checksums": sums}, temporary, about)
+
+
+def _index(labels: Tensor, checksums: Tensor) -> str:
+    """CRC-32 of what is read of a shard when it is opened."""
+    return f"{zlib.crc32(checksums.numpy().data, zlib.crc32(labels.numpy().data)):08x}"
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -317,12 +341,16 @@ class DamagedShard(MezzotintError):
 
 @dataclass(frozen=True)
 class Shard:
-    """Where in a file the moments begin, the labels int64 (n,), a checksum (none: an earlier version)."""
+    """Where in a file the moments begin, and its labels int64 (n,).
+
+    checksum: of all of it; row_checksums: CRC-32s (n, 2) of each example's moments. Earlier versions have neither.
+    """
 
     path: Path
     offsets: dict[str, int]  # of moments and moments_flipped, in bytes
     labels: Tensor
     checksum: str
+    row_checksums: np.ndarray | None
 
     @classmethod
     def read(cls, path: Path, info: CacheInfo, split: str, shard: int) -> Shard:
@@ -339,6 +367,8 @@ class Shard:
                 header = parse_json(file.read(length))
                 about = header.pop("__metadata__", {})
                 fingerprint, checksum = about.get("cache"), about.get(CHECKSUM, "")
+                if "checksums" in header:
+                    expected["checksums"] = ("I64", [count, 2])
                 found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
                 begin = 8 + length
                 places = {name: tuple(map(index, entry["data_offsets"])) for name, entry in header.items()}
@@ -356,14 +386,20 @@ class Shard:
                         raise ValueError(f"its header puts {name} at {start} to {stop}")
                 file.seek(begin + places["labels"][0])
                 labels = torch.frombuffer(bytearray(file.read(8 * count)), dtype=torch.int64)
+                sums = None
+                if "checksums" in places:
+                    file.seek(begin + places["checksums"][0])
+                    sums = torch.frombuffer(bytearray(file.read(16 * count)), dtype=torch.int64).view(-1, 2)
             if not -1 <= int(labels.min()) <= int(labels.max()) < max(1, len(info.class_names)):
                 raise ValueError(
                     f"it has labels from {labels.min()} to {labels.max()} of {len(info.class_names)} classes"
                 )
+            if sums is not None and _index(labels, sums) != about.get("index"):
+                raise ValueError("it has other labels or checksums than were written")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"{path} is damaged: {error}") from None
-        offsets = {name: begin + places[name][0] for name in ("moments", "moments_flipped")}
-        return cls(path, offsets, labels, checksum)
+        offsets = {name: begin + places[name][0] for name in MOMENTS}
+        return cls(path, offsets, labels, checksum, None if sums is None else sums.numpy())
 
 
 class CachedLatents:
@@ -415,7 +451,7 @@ class CachedLatents:
 
         In the cache's dtype. Raises `MezzotintError` where a file cannot be read any more.
         """
-        names = ("moments", "moments_flipped") if self.flip else ("moments",)
+        names = MOMENTS if self.flip else MOMENTS[:1]
         shape = (len(indices), len(names), *self.info.moments_shape)
         moments = torch.empty(shape, dtype=DTYPES[self.info.dtype])
         rows = moments.view(torch.uint8).view(len(indices), len(names), -1).numpy()
@@ -433,6 +469,9 @@ class CachedLatents:
                             file.seek(shard.offsets[name] + (wanted[row] - first) * size)
                             if file.readinto(rows[row, side]) != size:
                                 raise OSError("it has become shorter")
+                            sums = shard.row_checksums
+                            if sums is not None and zlib.crc32(rows[row, side]) != sums[wanted[row] - first, side]:
+                                raise OSError(f"example {wanted[row]} has another content than was written")
                         place += 1
             except OSError as error:
                 raise MezzotintError(
