@@ -247,17 +247,28 @@ def test_damaged_parts_are_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: P
     assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
 
 
-def test_a_flipped_part_is_found_and_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
-    path = tmp_path / "s.npz"
-    second = sorted(begun(pipeline, path).glob("*.npz"))[1]
-    content = bytearray(second.read_bytes())
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
-    second.write_bytes(content)
-    with pytest.raises(MezzotintError, match=rf"{second.name} was damaged .*CRC.* run the same command again"):
-        sample_to_npz(pipeline, path, [3, 8], 6)
-    assert not path.exists()
+    file.write_bytes(content)
+
+
+def test_a_flipped_part_is_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    flip(sorted(begun(pipeline, path).glob("*.npz"))[1])
     sample_to_npz(pipeline, path, [3, 8], 6)
     assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
+
+
+def test_a_large_flipped_part_is_found_where_it_is_joined(tmp_path: Path) -> None:
+    part, images = tmp_path / "000000000.npz", np.zeros((8, 64, 64, 3), np.uint8)
+    np.savez(part, images)
+    archive._join([part], None, 8, tmp_path / "whole.npz")
+    assert np.array_equal(np.load(tmp_path / "whole.npz")["arr_0"], images)
+    flip(part)
+    with pytest.raises(MezzotintError, match=r"000000000.npz was damaged .*CRC.* run the same command again"):
+        archive._join([part], None, 8, tmp_path / "none.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.npz"]
 
 
 @pytest.mark.parametrize(
