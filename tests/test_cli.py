@@ -360,3 +360,20 @@ def test_names_that_are_not_utf8(mezzotint: Command, tmp_path: Path) -> None:
     refused = mezzotint("train", "digits", *TINY, "--out", tmp_path / "run \udcff")
     assert (refused.code, "is not in UTF-8" in refused.err) == (2, True)
     assert not (tmp_path / "run \udcff").exists()
+
+
+def test_what_stands_in_the_way_is_told_before_anything_is_drawn(
+    mezzotint: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rather than when the images are there, and lost."""
+    monkeypatch.setattr("mezzotint.pipeline.sample", None)
+    for option in ("--out", "--levels", "--trajectory"):
+        assert f"{tmp_path} is a folder; name the file to write" in mezzotint("sample", trained, option, tmp_path).err
+    (tmp_path / "file").touch()
+    assert "is a file; choose a folder" in mezzotint("sample", trained, "--png", tmp_path / "file").err
+    monkeypatch.undo()
+    for count in (3, 2):
+        drawn = mezzotint("sample", trained, "--count", count, "--png", tmp_path / "png", "--out", tmp_path / "x.png")
+        assert drawn.code == 0, drawn.err
+    (said,) = caplog.messages
+    assert said.endswith("png holds 1 other files, such as 000002.png, which stay beside the 2 images")

@@ -179,7 +179,7 @@ def test_a_state_with_nan_is_not_gone_on_with(tiny: Recipe, tmp_path: Path, monk
 
     def spoiled(self: Checkpoints, step: int, state: dict[str, Any]) -> int:
         step = read(self, step, state)
-        next(iter(state["ema"][0].values())).fill_(NAN)
+        next(iter(state["ema"]["0"].values())).fill_(NAN)
         return step
 
     monkeypatch.setattr(Checkpoints, "load", spoiled)
@@ -337,3 +337,11 @@ def test_other_seeds_are_refused_everywhere_in_the_same_words(
 def test_a_seed_of_ten_thousand_digits_is_a_sentence() -> None:
     with pytest.raises(MezzotintError, match="the seed is a number of 33220 bits"):
         generator_for(10**10_000)
+
+
+def test_guidance_is_looked_at_before_anything_is_drawn(
+    pipeline: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mezzotint.evaluation.scores.reference_statistics", None)
+    with pytest.raises(MezzotintError, match="scale = inf is not valid: input should be a finite number"):
+        evaluate(pipeline, guidance=INF)

@@ -282,7 +282,10 @@ def sample(
     out = out or (_run_folder(model) or Path()) / ("samples.gif" if clips else "samples.png")
     if clips:
         output.check_video(out, fps)
-    if png is not None and (others := output.others_in(png, count)):
+    for path in (out, levels, trajectory):
+        if path is not None and path.is_dir():
+            raise MezzotintError(f"{path} is a folder; name the file to write")
+    if png is not None and rank == 0 and (others := output.others_in(png, count)):
         logging.getLogger("mezzotint").warning(
             "%s holds %d other files, such as %s, which stay beside the %d images", png, len(others), others[-1], count
         )

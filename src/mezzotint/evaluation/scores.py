@@ -22,7 +22,7 @@ from mezzotint.evaluation.manifold import density_coverage, precision_recall
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.sources import ImageSource, image_source, random_order
 from mezzotint.finite import check_finite
-from mezzotint.guidance import ConditionalModel
+from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.pipeline import Pipeline
 from mezzotint.recipe import DataSettings, load_recipe, recipe_names
 from mezzotint.samplers import example_generators
@@ -77,6 +77,8 @@ def evaluate(
     figure's name tells its features: FID of inception alone, FD-classifier, FD-dinov2. Raises `MezzotintError` where
     there is nothing to compare with, and as the sources, the network and the metrics do.
     """
+    if guidance is not None:
+        Guidance.parse({"scale": guidance})  # rather than after the samples without it
     if reference is None:
         if not isinstance(model, Pipeline):
             raise MezzotintError(

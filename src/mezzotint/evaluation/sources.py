@@ -44,6 +44,7 @@ from mezzotint.errors import MezzotintError, closest
 from mezzotint.files import tensors_digest
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
+from mezzotint.randomness import check_seed
 from mezzotint.recipe import DataSettings
 from mezzotint.samplers import Sampler
 
@@ -560,6 +561,7 @@ class PipelineSource(ImageSource):
             raise MezzotintError(f"count must be at least 1, got {count}")
         if pipeline.recipe.data.frames:
             raise MezzotintError("clips are not scored: every score here is one of images")
+        check_seed(seed)
         self.pipeline, self.count, self.guidance, self.seed, self.options = pipeline, count, guidance, seed, options
         self.class_names = pipeline.class_names
         self.labels = choose_labels(pipeline, classes, count)
