@@ -126,9 +126,13 @@ def test_ctrl_c_anywhere_is_one_word(command: Command, monkeypatch: pytest.Monke
     assert (result.code, result.err) == (130, "stopped")
 
 
-def test_ctrl_c_while_importing(tmp_path: Path) -> None:
-    """A package that is imported before all others, and at which the user loses patience."""
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+@pytest.mark.parametrize(
+    "package",
+    ["signal.raise_signal(signal.SIGINT)", "try: signal.raise_signal(signal.SIGINT)\nexcept BaseException: 1 / 0"],
+)
+def test_ctrl_c_while_importing(tmp_path: Path, package: str) -> None:
+    """A package that is imported before all others; one that turns the interruption into an error of its own."""
+    (tmp_path / "typer.py").write_text(f"import signal\n{package}\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     done = subprocess.run(
         [sys.executable, "-m", "mezzotint", "--help"], capture_output=True, text=True, env=environment, check=False
