@@ -104,7 +104,7 @@ class Checkpoints:
                 self._finish(unfinished, place)
         except (OSError, MezzotintError, CheckpointException) as error:
             cause = _cause(error)
-            failure = self._why_not_written(cause, state)
+            failure = self._why_not_written(cause, state, unfinished)
         if self.world.any(bool(failure)):
             if self.world.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -119,8 +119,8 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
         self.world.barrier()
 
-    def _why_not_written(self, cause: BaseException, state: dict[str, Any]) -> str:
-        needed, free = _size(state), shutil.disk_usage(self.folder).free
+    def _why_not_written(self, cause: BaseException, state: dict[str, Any], unfinished: Path) -> str:
+        needed, free = _size(state), shutil.disk_usage(self.folder).free + sum(map(_length, unfinished.glob("*")))
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())[:300]
         if free < needed and not isinstance(cause, OSError):  # torch's file writer says it in words of its own
             reason = "No space left on device"
@@ -268,6 +268,14 @@ def _cause(error: BaseException) -> BaseException:
     behind = [*causes, *(cause.__context__ for cause in causes if cause.__context__ is not None)]
     telling = [cause for cause in behind if isinstance(cause, (OSError, KeyboardInterrupt))]
     return next(iter(telling), causes[0])
+
+
+def _length(file: Path) -> int:
+    """Bytes of a file that may be gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _size(state: object) -> int:
