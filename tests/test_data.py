@@ -483,6 +483,25 @@ def test_hugging_face_identity_is_the_same_for_both_formats(tmp_path: Path) -> N
     assert saved.identity == files.identity
 
 
+@pytest.mark.parametrize("kept", ["bytes", "files"])
+def test_hugging_face_identity_tells_a_single_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    """Among those that are not read: by its size where it is in the set, by its content where it is a file."""
+    monkeypatch.setattr("mezzotint.data.huggingface.SET_ROWS", 2)
+    identities, images = [], [tmp_path / f"{i}.png" for i in range(9)]
+    for value in (0, 99):
+        for i, path in enumerate(images):
+            picture(value if i == 5 else 7 * i).save(path)
+        rows = {"image": [str(path) for path in images], "label": [0] * 9}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
+        made = datasets.Dataset.from_dict(rows, features=features)
+        if kept == "bytes":
+            made.save_to_disk(tmp_path / str(value) / "set")
+        else:
+            monkeypatch.setattr("mezzotint.data.huggingface._load_parts", lambda *_, made=made: {"train": made})
+        identities.append(hugging_face(tmp_path / str(value) / "set", 8).identity)
+    assert identities[0] != identities[1]
+
+
 def test_hugging_face_image_files_and_held_out_part(tmp_path: Path) -> None:
     for i in range(10):
         (tmp_path / ("ant", "bee")[i % 2]).mkdir(exist_ok=True)

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 import mezzotint
 from mezzotint import files
 from mezzotint.errors import MezzotintError
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.locks import claimed, locked
+from mezzotint.recipe import Recipe, load_recipe, override_recipe
 from mezzotint.training import loop
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
@@ -370,3 +371,31 @@ def test_a_killed_study_s_processes_end_with_it(tmp_path: Path) -> None:
     while files._is_alive(child):
         assert time.monotonic() < deadline, "the child has outlived its parent"
         time.sleep(0.05)
+
+
+def test_whatever_fills_a_folder_over_time_holds_it(tmp_path: Path, pipeline: mezzotint.Pipeline) -> None:
+    from mezzotint.encoding import encode
+    from mezzotint.evaluation.end_to_end import finetune_classifier
+    from mezzotint.evaluation.mae import train_mae
+    from mezzotint.evaluation.sweep import sweep
+    from mezzotint.studies.ldae import study
+    from mezzotint.training.tokenizers import fit_tokenizer
+
+    out = tmp_path / "out"
+    pca = load_recipe("digits", [*TINY, "representation=patch-pca", "representation.stride=2"])
+    with claimed(out):
+        for begin in (
+            lambda: fit_tokenizer(pca, out, quiet=True),
+            lambda: train_mae(pca, out),
+            lambda: finetune_classifier(pipeline, out, quiet=True),
+        ):
+            with pytest.raises(MezzotintError, match="out is in use by process"):
+                begin()
+    fit_tokenizer(pca, out, quiet=True)
+    fitted = override_recipe(pca, [f"representation.path={out}"])
+    with locked(tmp_path / "latents"), pytest.raises(MezzotintError, match="latents is in use by process"):
+        encode(fitted, tmp_path / "latents", progress=False)
+    with locked(tmp_path / "run" / "sweep"), pytest.raises(MezzotintError, match="run is in use by process"):
+        sweep(pipeline, tmp_path / "run", {"steps": [1]})
+    with locked(tmp_path / "study"), pytest.raises(MezzotintError, match="study is in use by process"):
+        study("digits", tmp_path / "study", seeds=[0], cells=["ldae-05c-patch-pca"], device="cpu")
