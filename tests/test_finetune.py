@@ -390,12 +390,17 @@ def test_a_run_starts_from_another_and_resumes_without_it(
     assert not caplog.text, "the same network, the same words"
 
     mezzotint.train(override_recipe(recipe, ["training.steps=2"]), tmp_path / "parts", quiet=True)
+    shutil.copytree(tmp_path / "parts", tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "state")
     with pytest.raises(MezzotintError, match=r"another recipe: init \(.*base there, elsewhere here\)"):
-        mezzotint.train(override_recipe(recipe, ["init=elsewhere"]), tmp_path / "parts", resume=True, quiet=True)
+        mezzotint.train(override_recipe(recipe, ["init=elsewhere"]), tmp_path / "lost", resume=True, quiet=True)
+    shutil.copytree(tmp_path / "parts", tmp_path / "moved")
     shutil.rmtree(base)
     mezzotint.train(recipe, tmp_path / "parts", resume=True, quiet=True)
-    for name, tensor in weights(tmp_path / "parts").items():
-        assert torch.equal(tensor, end[name]), name
+    mezzotint.train(override_recipe(recipe, ["init=elsewhere"]), tmp_path / "moved", resume=True, quiet=True)
+    for run in (tmp_path / "parts", tmp_path / "moved"):
+        for name, tensor in weights(run).items():
+            assert torch.equal(tensor, end[name]), name
     with pytest.raises(MezzotintError):
         mezzotint.train(recipe, tmp_path / "late", quiet=True)
     assert not (tmp_path / "late").exists()
