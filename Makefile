@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz torture clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,13 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged inputs and killed processes, any number of them: make fuzz N=100000 SEED=1
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz.py --cases $(or $(N),20000) --seed $(or $(SEED),0)
+
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/torture.py --kills $(or $(N),500) --seed $(or $(SEED),0)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/dit.py

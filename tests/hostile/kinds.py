@@ -301,7 +301,7 @@ def override(case: Case) -> None:
     check_recipe(load_recipe(rng.choice(BASES), given), case.folder)
 
 
-@kind(0.7)
+@kind(0.4)
 def words(case: Case) -> None:
     """Any combination of valid words: refused when it is built, or it trains, samples and stays finite."""
     rng = case.rng
@@ -390,7 +390,7 @@ def with_header(content: bytes, header: object) -> bytes:
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-@kind(3)
+@kind(2)
 def safetensors(case: Case) -> None:
     """Lone safetensors files, ours and others': their bytes, and what their headers say."""
     rng = case.rng
@@ -435,15 +435,16 @@ def safetensors(case: Case) -> None:
     case.did.append(f"{name}: {content[:300]!r}")
     asked = None if rng.random() < 0.6 else load_recipe(case.seeds / ("run" if "run" in name else "foreign"))
     checkpoint = read_checkpoint(file, asked)
-    check_network(checkpoint)
+    check_network(case, checkpoint)
 
 
-def check_network(checkpoint: Any) -> None:
+def check_network(case: Case, checkpoint: Any) -> None:
     """What a checkpoint says it is can be built, and is of finite numbers."""
     for name, tensor in checkpoint.tensors.items():
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise Wrong(f"{name} was read as {tensor.dtype}, or with values that are not finite")
-    load_checkpoint(checkpoint.source, recipe=checkpoint.recipe)
+    if case.rng.random() < 0.3:
+        load_checkpoint(checkpoint.source, recipe=checkpoint.recipe)
 
 
 class Evil:
@@ -466,7 +467,7 @@ def evil(rng: random.Random) -> object:
     return rng.choice((Evil(call, *arguments), Evil(call, *arguments), sys.modules["evil"].Thing()))
 
 
-@kind(3)
+@kind(2.5)
 def pickles(case: Case) -> None:
     """.pt files: their bytes, what training scripts save along, and strangers' classes."""
     rng = case.rng
@@ -493,7 +494,7 @@ def pickles(case: Case) -> None:
     else:
         file.write_bytes(pickle.dumps(rng.choice((evil(rng), {"ema": evil(rng)}, {"a": 1})), protocol=rng.randrange(5)))
     checkpoint = read_checkpoint(file, None if rng.random() < 0.5 else load_recipe(case.seeds / "foreign"))
-    check_network(checkpoint)
+    check_network(case, checkpoint)
 
 
 @kind(1.5)
@@ -506,7 +507,7 @@ def diffusers(case: Case) -> None:
         source.rename(source.with_name("x.safetensors"))
         source.with_name(f"{source.name}.index.json").write_text(json.dumps(damaged_tree(case.rng, index)))
     case.damage(folder)
-    check_network(read_checkpoint(folder))
+    check_network(case, read_checkpoint(folder))
 
 
 @kind(1.5)
@@ -569,8 +570,8 @@ def pictures(case: Case) -> None:
             source[index]
         return
     read = read_all(settings(case, "folder", folder, labels=rng.random() < 0.8))
-    if any(images.shape[1:] != (3, 8, 8) or images.dtype != torch.uint8 for images in read):
-        raise Wrong("a batch of other shape or type")
+    if any(images.shape[1:] != (3, 8, 8) or not images.abs().amax() <= 1 for images in read):
+        raise Wrong("a batch of another shape, or outside of [-1, 1]")
 
 
 @kind(3)
@@ -778,7 +779,7 @@ def command(case: Case, *words: object) -> int:
     return code
 
 
-@kind(1)
+@kind(0.7)
 def run_folder(case: Case) -> None:
     """A run folder in which people and other programs have been: what a command makes of it."""
     rng = case.rng
@@ -794,7 +795,7 @@ def run_folder(case: Case) -> None:
     command(case, "sample", run, "--count", 2, "--steps", 1, "--device", "cpu")
 
 
-@kind(0.3)
+@kind(0.2)
 def resume(case: Case) -> None:
     """A run that is gone on with after damage: refused, or with the weights of one that was left alone."""
     rng = case.rng
@@ -809,7 +810,7 @@ def resume(case: Case) -> None:
         expect_same(found, wanted, "a run that was gone on with")
 
 
-@kind(0.5)
+@kind(0.3)
 def prompts(case: Case) -> None:
     """Files of captions."""
     rng = case.rng
@@ -864,7 +865,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
 }
 
 
-@kind(2)
+@kind(1.5)
 def command_line(case: Case) -> None:
     """Any command with any options, some of them odd."""
     rng = case.rng
