@@ -7,8 +7,16 @@ import reprlib
 from collections.abc import Iterable
 
 
+#: characters of the longest message, in which a user's words may be repeated that have no end
+LONGEST = 2000
+
+
 class MezzotintError(Exception):
     """One sentence: what was wrong, what was expected, what to do. The command line prints it and exits with 2."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} … {text[-LONGEST // 4 :]}"
 
 
 def closest(word: str, known: Iterable[str]) -> str:

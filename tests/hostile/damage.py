@@ -146,6 +146,7 @@ def damage_folder(rng: random.Random, folder: Path, only: Callable[[Path], bool]
         file.symlink_to(rng.choice((file.name, "nothing", "..", other.name)))
         return f"a link in place of {file.relative_to(folder)}"
     if kind == 4:
-        shutil.copy(file, file.with_name(rng.choice(("x", f"{file.stem}-backup{file.suffix}", f"._{file.name}"))))
+        name = rng.choice((f"{file.name}~", f"{file.stem}-backup{file.suffix}", f"._{file.name}"))
+        file.with_name(name).write_bytes(file.read_bytes())
         return f"a copy beside {file.relative_to(folder)}"
     return damage_file(rng, file)

@@ -210,6 +210,7 @@ def run(numbers: Iterable[int], seed: int, seeds: Path, only: Sequence[str] = ()
     """The cases `numbers` in this process: how each kind ended, and the faults."""
     ends: Counter[str] = Counter()
     faults = []
+    TIMES.clear()
     if WATCH not in _HOOKED:
         _HOOKED.append(WATCH)
         sys.addaudithook(WATCH)
@@ -238,6 +239,7 @@ _HOOKED: list[Watch] = []
 CURRENT = mmap.mmap(-1, 8)
 """The number of the case that runs, seen by the parent of a child that dies."""
 TIMES: Counter[str] = Counter()
+"""Seconds of this process, by kind of case."""
 
 
 @contextlib.contextmanager
@@ -272,6 +274,7 @@ def main() -> int:
             numbers = range(options.case, options.case + 1)
         ends: Counter[str] = Counter()
         faults: dict[str, list[Fault]] = {}
+        times: Counter[str] = Counter()
         begun = time.perf_counter()
         while numbers:
             part, numbers = numbers[:1000], numbers[1000:]
@@ -284,7 +287,7 @@ def main() -> int:
                 result = _in_child(lambda part=part: (*run(part, options.seed, seeds, options.only), TIMES))
             if isinstance(result, tuple):
                 ends += result[0]
-                TIMES.update(result[2])
+                times.update(result[2])
                 for fault in result[1]:
                     if fault.what not in faults:
                         print(f"--- {fault}\n", flush=True)
@@ -297,7 +300,7 @@ def main() -> int:
     for name in [*KINDS, "?"]:
         if name in table:
             row = [table[name].get(end, 0) for end in ("read", "refused", "fault")]
-            print(f"{name:14}{row[0]:8,}{row[1]:9,}{row[2]:8,}" + (f"{TIMES[name]:7.1f}" if options.times else ""))
+            print(f"{name:14}{row[0]:8,}{row[1]:9,}{row[2]:8,}" + (f"{times[name]:7.1f}" if options.times else ""))
     total = sum(ends.values())
     count = sum(map(len, faults.values()))
     print(

@@ -78,7 +78,7 @@ def _swallow() -> None:
         (_swallow, "Hang"),
         (lambda: time.sleep(60), "Hang"),
         (lambda: torch.empty(2**34), "RuntimeError"),
-        (lambda: bytes(2**30 + 2**28), "GiB of memory"),
+        (lambda: bytearray(b"x") * (2**30 + 2**28), "GiB of memory"),
     ],
 )
 def test_the_fuzzer_finds_a_fault(
