@@ -6,7 +6,6 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-
 #: characters of the longest message, in which a user's words may be repeated that have no end
 LONGEST = 2000
 

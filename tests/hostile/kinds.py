@@ -350,7 +350,7 @@ def choices_of(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, 
             yield key, (0.1, 0.5, 1.0, 2.0)
 
 
-#: what is drawn alone, once in a hundred words, would drown what matters
+#: some are drawn more often than the many that matter less
 WORDS = [
     (key, values)
     for key, values in choices_of(Recipe)
@@ -462,7 +462,12 @@ def evil(rng: random.Random) -> object:
     if "evil" not in sys.modules:
         stranger = sys.modules["evil"] = types.ModuleType("evil")
         stranger.Thing = type("Thing", (), {"__module__": "evil"})  # type: ignore[attr-defined]
-    calls = ((os.system, "touch executed"), (eval, "open('executed', 'w')"), (os.mkdir, "executed"), (getattr, "", "join"))
+    calls = (
+        (os.system, "touch executed"),
+        (eval, "open('executed', 'w')"),
+        (os.mkdir, "executed"),
+        (getattr, "", "join"),
+    )
     call, *arguments = rng.choice(calls)
     return rng.choice((Evil(call, *arguments), Evil(call, *arguments), sys.modules["evil"].Thing()))
 
@@ -870,9 +875,9 @@ def command_line(case: Case) -> None:
     """Any command with any options, some of them odd."""
     rng = case.rng
     name = rng.choice(sorted(COMMANDS))
-    known = [case.seeds / seed for seed in ("run", "text-run", "samples.npz", "diffusers", "DiT-XL-2.pt", "photos")]
+    known = [case.seeds / seed for seed in ("samples.npz", "diffusers", "DiT-XL-2.pt", "photos")]
     models: list[object] = [
-        *known[:1] * 12,
+        *[case.copy(rng.choice(("run", "run", "text-run")))] * 12,  # a copy, because commands write into it
         *known,
         "digits",
         *rng.sample(recipe_names(), 2),

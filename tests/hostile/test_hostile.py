@@ -70,7 +70,7 @@ def _swallow() -> None:
         (lambda: None, None),
         (lambda: {}["x"], "KeyError"),
         (lambda: (_ for _ in ()).throw(MezzotintError("a\nb")), "several lines"),
-        (lambda: (_ for _ in ()).throw(MezzotintError("x" * 9999)), "9999 characters"),
+        (lambda: (_ for _ in ()).throw(MezzotintError("<class 'int'> is not valid")), "Python's words"),
         (lambda: (_ for _ in ()).throw(MezzotintError("")), "without words"),
         (_write_outside, "outside of its folder"),
         (lambda: os.system("true"), "os.system"),
@@ -89,6 +89,15 @@ def test_the_fuzzer_finds_a_fault(
     monkeypatch.setitem(KINDS, "act", Kind(lambda case: act(), 1))  # type: ignore[operator]
     _, faults = fuzz.run([0], 0, tmp_path, ["act"])
     assert [fault in f.what for f in faults] == ([True] if fault else []), faults
+
+
+def test_a_message_has_an_end() -> None:
+    """Whatever a user's words are, they are not repeated by the page."""
+    text = str(MezzotintError(f"the data set {'x' * 99_999} is unknown; known: digits"))
+    assert len(text) < 2100
+    assert text.startswith("the data set xxx")
+    assert text.endswith("xxx is unknown; known: digits")
+    assert str(MezzotintError("short")) == "short"
 
 
 def test_a_case_comes_again(seeds: Path) -> None:

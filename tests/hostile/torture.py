@@ -79,12 +79,16 @@ def _train(place: Path, seeds: Path) -> None:
 
 def _fit(place: Path, seeds: Path) -> None:
     if not (place / "tokenizer").exists():  # a finished one is not fitted again
-        fit_tokenizer(load_recipe("digits", [*TINY, *TOKENIZER, *FIT, "backbone.patch_size=1"]), place / "tokenizer", quiet=True)
+        fit_tokenizer(
+            load_recipe("digits", [*TINY, *TOKENIZER, *FIT, "backbone.patch_size=1"]), place / "tokenizer", quiet=True
+        )
 
 
 def _encode(place: Path, seeds: Path) -> None:
     words = [*TINY, *TOKENIZER, "backbone.patch_size=1", f"representation.path={seeds / 'fit/tokenizer'}"]
-    encode(load_recipe("digits", words), place / "latents", splits=["train"], shard_size=60, progress=False, device="cpu")
+    encode(
+        load_recipe("digits", words), place / "latents", splits=["train"], shard_size=60, progress=False, device="cpu"
+    )
 
 
 def _sample(place: Path, seeds: Path) -> None:
@@ -137,7 +141,9 @@ class End(NamedTuple):
     seconds: float = 0.0
 
 
-def process(job: Job, place: Path, seeds: Path, *, signal_after: tuple[int, float] | None = None, file_size: int = 0) -> End:
+def process(
+    job: Job, place: Path, seeds: Path, *, signal_after: tuple[int, float] | None = None, file_size: int = 0
+) -> End:
     """The job in a fork of this process, which is sent a signal after so many seconds where it is not done before."""
     read, write = os.pipe()
     begun = time.perf_counter()
