@@ -12,17 +12,18 @@ from typing import Any
 #: what people, spreadsheets and templates leave where a text, a number or a path is meant
 ODD_TEXTS = (
     # numbers, or nearly
-    "nan", ".nan", "NaN", "inf", ".inf", "-inf", "-1", "0", "1", "2", "-0.0", "0.5", "1e999", "-1e300", "3e38", "1e-320",
-    "1" + "0" * 30, "-1" + "0" * 30, "9" * 400, "18446744073709551615", "18446744073709551616", "0x10", "0o7", "1_000",
+    "nan", ".nan", "NaN", "inf", ".inf", "-inf", "-1", "0", "1", "2", "-0.0", "0.5", "1e999", "-1e300", "3e38",
+    "1e-320", "1" + "0" * 30, "-1" + "0" * 30, "9" * 400, "18446744073709551615", "18446744073709551616", "0x10", "0o7",
+    "1_000",
     # what YAML makes of them
-    "", " ", "true", "no", "on", "null", "None", "~", "2024-01-01", "2024-13-45", "2024-01-01T99:99:99", "12:30:45", "=",
-    "<<", "[]", "{}", "[1, 2", "[1,2]", "{a: 1", "{a: 1}", "[" * 50, "[" * 3000, "*a", "&a [*a, *a]", "? x", "!!set {x}",
-    "!!python/object/apply:os.system [touch executed]", "!!python/name:os.system", "!!binary x", "!!int x",
+    "", " ", "true", "no", "on", "null", "None", "~", "2024-01-01", "2024-13-45", "2024-01-01T99:99:99", "12:30:45",
+    "=", "<<", "[]", "{}", "[1, 2", "[1,2]", "{a: 1", "{a: 1}", "[" * 50, "[" * 3000, "*a", "&a [*a, *a]", "? x",
+    "!!set {x}", "!!python/object/apply:os.system [touch executed]", "!!python/name:os.system", "!!binary x", "!!int x",
     "!!float [1]", "#", "a # b", "a#b", "a: b",
     # what other parsers do, and what consoles and file systems cannot show
-    "a[/b]", "[red]x[/red]", "[/]", "*", "?", "{0}", "{a,b}", "%s", "%", "\\", "'", '"', "a'b\"c", "a,b", ",", "-", "--", "-x",
-    "a b", "\t", "a\nb", ".", "..", "./x", "ü", "日本語", "e\u0301", "\u202etxt", "\ufeffx", "\udcff", "a\udc80b", "x" * 300,
-    "x" * 5000,
+    "a[/b]", "[red]x[/red]", "[/]", "*", "?", "{0}", "{a,b}", "%s", "%", "\\", "'", '"', "a'b\"c", "a,b", ",", "-",
+    "--", "-x", "a b", "\t", "a\nb", ".", "..", "./x", "ü", "日本語", "e\u0301", "\u202etxt", "\ufeffx", "\udcff",
+    "a\udc80b", "x" * 300, "x" * 5000,
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 10**30, -(10**30), 2**63, 2**64 - 1, 2**64, 0.5, -0.5, 1e-320, 1e300, 3e38,

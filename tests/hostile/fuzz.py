@@ -19,6 +19,7 @@ import contextlib
 import logging
 import mmap
 import os
+import pickle
 import random
 import re
 import resource
@@ -303,9 +304,8 @@ def main() -> int:
             print(f"{name:14}{row[0]:8,}{row[1]:9,}{row[2]:8,}" + (f"{times[name]:7.1f}" if options.times else ""))
     total = sum(ends.values())
     count = sum(map(len, faults.values()))
-    print(
-        f"{total:,} cases of seed {options.seed} in {time.perf_counter() - begun:.0f} s: {count} faults, {len(faults)} kinds"
-    )
+    took = time.perf_counter() - begun
+    print(f"{total:,} cases of seed {options.seed} in {took:.0f} s: {count} faults, {len(faults)} kinds")
     for what, found in sorted(faults.items(), key=lambda item: -len(item[1])):
         print(f"  {len(found):5} × {what}   [{found[0].kind}; cases {', '.join(str(f.number) for f in found[:4])}]")
     return int(count > 0)
@@ -313,8 +313,6 @@ def main() -> int:
 
 def _in_child(work: Any) -> Any:
     """What `work` gives in a fork of this process; else how the fork died."""
-    import pickle
-
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

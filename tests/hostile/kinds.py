@@ -792,8 +792,8 @@ def run_folder(case: Case) -> None:
     for _ in range(rng.choice((1, 1, 2))):
         case.damage(run)
     if rng.random() < 0.5:
-        odd = rng.choice(("state/step-00000020-backup", "state/step-", "state/step-x", "model-ema-.safetensors", "logs/x",
-                          "samples.png", "tokenizer", "recipe.yaml.bak", "state/.step-00000003.tmp", "adapter"))  # fmt: skip
+        states = ("state/step-00000020-backup", "state/step-", "state/step-x", "state/.step-00000003.tmp")
+        odd = rng.choice((*states, "model-ema-.safetensors", "logs/x", "samples.png", "tokenizer", "adapter"))
         with contextlib.suppress(OSError):
             (run / odd).mkdir(parents=True)
         case.did.append(f"a folder {odd}")
