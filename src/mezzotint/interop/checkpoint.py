@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class Checkpoint:
     class_names: tuple[str, ...]
     source: str
     prompts: tuple[str, ...] = ()
+
+
+def count_numbered(names: Iterable[str], place: str) -> int:
+    """How many modules `place`.0, `place`.1, … (a regular expression) have tensors, as far as none is left out."""
+    found = {m[1] for name in names if (m := re.match(rf"{place}\.(\d+)\.", name))}
+    return next(i for i in count() if str(i) not in found)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Network:
         num_classes, text_features = conditions(tensors)
         return cls(
             width=width,
-            depth=1 + max((int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1),
+            depth=count_numbered(tensors, "blocks"),
             patch_size=patch,
             hidden=shape("blocks.0.mlp.fc1.weight", 2)[0],
             num_classes=num_classes,

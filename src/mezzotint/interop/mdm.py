@@ -20,7 +20,7 @@ from torch import Tensor
 from mezzotint.backbones.nested import LevelConfig, NestedUNet, nest
 from mezzotint.backbones.unet import UNet
 from mezzotint.errors import MezzotintError
-from mezzotint.interop.checkpoint import Checkpoint, check, fit, state_dict
+from mezzotint.interop.checkpoint import Checkpoint, check, count_numbered, fit, state_dict
 from mezzotint.interop.official import unpickle, weights_in
 from mezzotint.pipeline import load_tensors
 from mezzotint.recipe import Recipe, load_recipe
@@ -210,15 +210,12 @@ def _levels(tensors: Mapping[str, Tensor], size: int, source: str) -> tuple[Leve
 def _level(own: Mapping[str, Tensor]) -> LevelConfig:
     """What any level's shapes tell."""
 
-    def count(place: str) -> int:
-        return 1 + max((int(m[1]) for name in own if (m := re.match(rf"{place}\.(\d+)\.", name))), default=-1)
-
-    levels = range(max(1, count("down_blocks")))
-    resblocks = tuple(count(rf"down_blocks\.{i}\.resnets") for i in levels)
+    levels = range(max(1, count_numbered(own, "down_blocks")))
+    resblocks = tuple(count_numbered(own, rf"down_blocks\.{i}\.resnets") for i in levels)
     return {
         "channels": tuple(len(own[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in levels),
         "resblocks": resblocks,
-        "attention": tuple(count(rf"down_blocks\.{i}\.attn") // resblocks[i] for i in levels),
+        "attention": tuple(count_numbered(own, rf"down_blocks\.{i}\.attn") // resblocks[i] for i in levels),
         "feed_forward": any(".ffn." in name for name in own),
         "time_width": len(own["t_embedder.mlp.0.weight"]),
         "time_frequencies": own["t_embedder.mlp.0.weight"].shape[1] // 2,
