@@ -904,6 +904,25 @@ def test_objects_besides_tensors_are_empty(tiny_size: None, tmp_path: Path) -> N
         load(tmp_path / "words.pt")
 
 
+def test_a_class_under_any_name_is_an_empty_one(tmp_path: Path) -> None:
+    """Damage makes names that Python has for no class, such as one with a zero byte."""
+    file = official(tmp_path / "DiT.pt", config=Foreign(3))
+    content = file.read_bytes()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(tmp_path / "DiT-2.pt", "w") as damaged:
+        for entry in archive.infolist():
+            damaged.writestr(entry.filename, archive.read(entry).replace(b"Foreign", b"For\0ign"))
+    assert b"Foreign" in content
+    assert_same(read_checkpoint(tmp_path / "DiT-2.pt", recipe()).tensors, read_checkpoint(file, recipe()).tensors)
+
+
+def test_a_name_with_a_large_number_is_no_large_network(tmp_path: Path) -> None:
+    tensors = made(recipe()).denoiser.backbone.state_dict()
+    for name in ("blocks.9999999999.x", f"blocks.{'9' * 5000}.x"):
+        save_file({**tensors, name: torch.zeros(1)}, tmp_path / "DiT.safetensors")
+        with pytest.raises(MezzotintError, match="blocks"):
+            read_checkpoint(tmp_path / "DiT.safetensors", recipe())
+
+
 class Words(dict[str, Any]):
     """A mapping of a training script's own."""
 
