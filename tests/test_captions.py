@@ -260,6 +260,7 @@ def test_folder_holds_images_out_with_their_captions(tmp_path: Path) -> None:
         ('{"file_name": "/nowhere/01.png", "text": "x"}', {}, "names 1 images that are not there: .*nowhere/01.png"),
         ('{"file_name": "01.png", "text": "x"}', {"caption_column": "title"}, "line 1 of .* no caption; .* key title"),
         ('{"file_name": "77.png", "text": "x"}', {}, "names 1 images that are not there: 77.png; add the files"),
+        (f'{{"file_name": "{"7" * 5000}.png", "text": "x"}}', {}, "names 1 images that are not there: 777"),
         ("", {}, "1 images have no caption in .*: 01.png; add a line for each"),
     ],
 )

@@ -14,7 +14,7 @@ class MezzotintError(Exception):
     """One sentence: what was wrong, what was expected, what to do. The command line prints it and exits with 2."""
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = " ".join(super().__str__().splitlines())  # a name in it may have line ends
         return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} … {text[-LONGEST // 4 :]}"
 
 

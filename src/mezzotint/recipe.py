@@ -199,7 +199,7 @@ class BackboneSettings(Settings):
     """diffussm: zoh (zero-order hold) or bilinear."""
     bidirectional: bool = True
     """diffussm: whether a position sees those after it, too."""
-    channels: tuple[int, ...] = (64, 128, 256)
+    channels: tuple[int, ...] = Field((64, 128, 256), min_length=1)
     """unet: widths, the full resolution first; each has half the sides of the one before."""
     resblocks: tuple[int, ...] = (2, 2, 2)
     """unet: ResNet blocks at each width."""

@@ -840,7 +840,9 @@ class Parameter(NamedTuple):
 def parameters_of(function: Callable[..., object]) -> Iterator[Parameter]:
     hints = get_type_hints(function, include_extras=True)
     for name, about in inspect.signature(function).parameters.items():
-        kind_, info = get_args(hints[name])[:2]
+        if len(said := get_args(hints[name])) != 2:  # typer's context
+            continue
+        kind_, info = said
         plain = next(
             (t for t in (kind_, *get_args(kind_)) if t is not type(None) and get_origin(t) is not UnionType), kind_
         )

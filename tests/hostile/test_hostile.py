@@ -69,7 +69,6 @@ def _swallow() -> None:
         (_refuse, None),
         (lambda: None, None),
         (lambda: {}["x"], "KeyError"),
-        (lambda: (_ for _ in ()).throw(MezzotintError("a\nb")), "several lines"),
         (lambda: (_ for _ in ()).throw(MezzotintError("<class 'int'> is not valid")), "Python's words"),
         (lambda: (_ for _ in ()).throw(MezzotintError("")), "without words"),
         (_write_outside, "outside of its folder"),
@@ -91,13 +90,14 @@ def test_the_fuzzer_finds_a_fault(
     assert [fault in f.what for f in faults] == ([True] if fault else []), faults
 
 
-def test_a_message_has_an_end() -> None:
+def test_a_message_is_one_line_and_has_an_end() -> None:
     """Whatever a user's words are, they are not repeated by the page."""
     text = str(MezzotintError(f"the data set {'x' * 99_999} is unknown; known: digits"))
     assert len(text) < 2100
     assert text.startswith("the data set xxx")
     assert text.endswith("xxx is unknown; known: digits")
     assert str(MezzotintError("short")) == "short"
+    assert str(MezzotintError("no file a\nb\r\nc")) == "no file a b c"
 
 
 def test_a_case_comes_again(seeds: Path) -> None:

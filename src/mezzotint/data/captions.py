@@ -100,7 +100,7 @@ def captioned_files(
     captions = read_metadata(metadata, caption_column, known := set(names))
     inside = "" if root == metadata.parent else root.name + os.sep
     if lost := {name for name in captions if name.startswith(inside)} - known:
-        missing = any(not (metadata.parent / name).exists() for name in lost)
+        missing = any(not os.path.exists(metadata.parent / name) for name in lost)  # no name is too long for it
         problem = "not there" if missing else f"not read (hidden, or of other endings than {kind.likely}, ...)"
         raise MezzotintError(
             f"{metadata} names {len(lost)} {kind.noun}s that are {problem}: {some(lost)}; add the files or remove "
