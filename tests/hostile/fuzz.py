@@ -268,8 +268,9 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hostile-seeds-") as folder:
         seeds = Path(folder).resolve()
-        if died := _in_child(lambda: make_seeds(seeds)):
-            return int(bool(died))
+        with quiet_logs():
+            if died := _in_child(lambda: make_seeds(seeds)):
+                raise SystemExit(f"the valid inputs could not be made: {died}")
         numbers = range(options.first, options.first + options.cases)
         if options.case is not None:
             numbers = range(options.case, options.case + 1)

@@ -23,6 +23,7 @@ import tarfile
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -226,6 +227,11 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         raise Wrong(f"a recipe with the name {recipe.name!r}, which is a way to another folder, was read")
 
 
+@cache
+def base_recipe(name: str) -> Recipe:
+    return load_recipe(name)
+
+
 def dump(tree: Any) -> str:
     return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
 
@@ -236,7 +242,7 @@ def recipe(case: Case) -> None:
     rng = case.rng
     file = case.folder / "x.yaml"
     base = rng.choice(BASES)
-    tree: Any = {"extends": base} if rng.random() < 0.3 else load_recipe(base).model_dump(mode="json")
+    tree: Any = {"extends": base} if rng.random() < 0.3 else base_recipe(base).model_dump(mode="json")
     how = rng.randrange(5)
     if how < 2:
         text = dump(damaged_tree(rng, tree)).encode("utf-8", "surrogateescape")
@@ -268,11 +274,11 @@ def run_recipe(case: Case) -> None:
     """A run's recipe.yaml cut short or changed: what it says is what the run was trained with."""
     run = case.copy("run/recipe.yaml").parent
     (case.folder / "run/model.safetensors").symlink_to(case.seeds / "run/model.safetensors")
-    file, wanted = run / "recipe.yaml", load_recipe(case.seeds / "run")
+    file = run / "recipe.yaml"
     content = file.read_bytes()
     file.write_bytes(content[: case.rng.randrange(len(content))])
     case.did.append(f"cut {file.name} to {file.stat().st_size} of {len(content)} bytes")
-    if load_recipe(run) != wanted:
+    if load_recipe(run) != load_recipe(case.seeds / "run"):
         raise Wrong("a recipe.yaml that was cut off is read as another recipe")
 
 
@@ -298,10 +304,10 @@ def override(case: Case) -> None:
         value = rng.choice(ODD_TEXTS) if rng.random() < 0.7 else dump(odd_value(rng)).strip()
         given.append(f"{key}={value}" if rng.random() < 0.97 else f"{key}{value}")
     case.did.append(repr(given))
-    check_recipe(load_recipe(rng.choice(BASES), given), case.folder)
+    check_recipe(override_recipe(base_recipe(rng.choice(BASES)), given), case.folder)
 
 
-@kind(0.4)
+@kind(0.25)
 def words(case: Case) -> None:
     """Any combination of valid words: refused when it is built, or it trains, samples and stays finite."""
     rng = case.rng
@@ -697,7 +703,7 @@ def npz(case: Case) -> None:
     rng = case.rng
     name = rng.choice(("samples.npz", "statistics.npz", "reference.npz"))
     file = case.copy(name)
-    if rng.random() < 0.5:
+    if whole := rng.random() < 0.5:
         file.write_bytes(damaged_bytes(rng, file.read_bytes()))
     else:
         with np.load(file) as archive:
@@ -743,7 +749,7 @@ def npz(case: Case) -> None:
         source = image_source(str(file), count=rng.choice((None, 4)))
         read = torch.cat([images for images, _ in source.batches(4)])
         wanted = torch.cat([images for images, _ in image_source(str(case.seeds / "samples.npz")).batches(6)])
-        if case.did[-1] == "samples.npz" and len(case.did) == 2 and not read.equal(wanted[: len(read)]):
+        if whole and name == "samples.npz" and source.count == len(wanted) and not read.equal(wanted):
             raise Wrong("an .npz was read with other pixels than it was saved with")
         return
     network = feature_network("pixels")
