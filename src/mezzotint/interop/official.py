@@ -122,7 +122,9 @@ def unpickle(path: Path) -> dict[str, Any]:
     except Exception:  # a file from before torch 1.6; or whatever is wrong with it shows below
         foreign = []
     allowed: list[Any] = [argparse.Namespace]  # the training scripts save their arguments in one
-    allowed += [(type(re.sub(r"[^\w.]", "", name), (_Inert,), {}), name) for name in foreign if name != "argparse.Namespace"]
+    allowed += [
+        (type(re.sub(r"[^\w.]", "", name), (_Inert,), {}), name) for name in foreign if name != "argparse.Namespace"
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
