@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import struct
 import sys
 from fractions import Fraction
@@ -216,6 +218,24 @@ def test_videos_by_class_and_split(tmp_path: Path, suffix: str) -> None:
         assert batch.images.shape == (2, 2, 3, 8, 8)
         assert torch.equal(batch.images, again.images)
         assert torch.equal(batch.labels, again.labels)
+
+
+def test_workers_outlive_the_frames_of_their_parent(tmp_path: Path) -> None:
+    """What a process has read of videos is garbage, threads of FFmpeg and all, that a forked one may collect."""
+    pytest.importorskip("av")
+    save_video(grey_clip([0, 200]), tmp_path / "clip.mp4", 10)
+    dataset = load("video", path=tmp_path, size=8, frames=2, labels=False)
+    gc.disable()
+    try:
+        dataset[0]
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(10)
+        hangs = child.is_alive()
+        child.kill()
+    finally:
+        gc.enable()
+    assert not hangs
 
 
 def test_captioned_videos(tmp_path: Path) -> None:

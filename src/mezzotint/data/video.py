@@ -146,17 +146,23 @@ def _read_gif(path: str, frames: int, stride: int | None) -> list[Image.Image]:
 
 
 def _picture(frame: Any) -> Image.Image:
-    """A frame as it is to be seen, turned and mirrored by its display matrix, with its transparency."""
+    """A frame with its transparency, not yet turned."""
+    from av.video.reformatter import VideoReformatter
+
+    # The frame's own converter has threads and would stay in the frame. One whose side data were looked at is in a
+    # cycle, and the garbage collector of a worker, which has no such threads, would wait for them for ever.
     if any(component.is_alpha for component in frame.format.components):
-        picture = Image.fromarray(frame.to_ndarray(format="rgba"))
-    else:
-        picture = frame.to_image()
+        return Image.fromarray(VideoReformatter().reformat(frame, format="rgba").to_ndarray())
+    return VideoReformatter().reformat(frame, format="rgb24").to_image()
+
+
+def _turn(frame: Any) -> Image.Transpose | None:
+    """How the pictures of a video are turned and mirrored to be seen, by a frame's display matrix."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))  # (x, y) is shown at (ax + cy, bx + dy), y downwards
-            turn = TURNS.get((_sign(a), _sign(b), _sign(c), _sign(d)))
-            return picture if turn is None else picture.transpose(turn)
-    return picture
+            return TURNS.get((_sign(a), _sign(b), _sign(c), _sign(d)))
+    return None
 
 
 def _sign(number: int) -> int:
@@ -178,5 +184,6 @@ def _read_video(path: str, frames: int, stride: int | None) -> list[Image.Image]
                 if decoded - 1 == wanted[len(clip)]:
                     clip.append(_picture(frame))
                     if len(clip) == frames:
-                        return clip
+                        turn = _turn(frame)
+                        return clip if turn is None else [picture.transpose(turn) for picture in clip]
         count = decoded  # fewer than there are packets
