@@ -57,7 +57,7 @@ def tiff(array: np.ndarray, bits: int, sample_format: int = 1, photometric: int 
     return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content)
 
 
-def levels(source: io.BytesIO, mode: str = "L", background: tuple[int, int, int] = BLACK) -> list:
+def levels(source: io.BytesIO | Path, mode: str = "L", background: tuple[int, int, int] = BLACK) -> list:
     return np.asarray(flatten(read_picture(source), mode, background)).tolist()
 
 
@@ -209,7 +209,7 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-def test_orientation(orientation: int) -> None:
+def test_orientation(orientation: int, tmp_path: Path) -> None:
     stored = np.array([[0, 40, 80], [120, 160, 200]], np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -218,6 +218,9 @@ def test_orientation(orientation: int) -> None:
         assert levels(encoded(Image.fromarray(stored), kind, exif=exif)) == right.tolist()
     deep = Image.fromarray(stored.astype(np.uint16) * 257)
     assert levels(encoded(deep, "PNG", exif=exif)) == right.tolist()
+    for picture in (Image.fromarray(stored), deep):  # files with a name, which Pillow may map into memory
+        picture.save(tmp_path / "named.tif", exif=exif)
+        assert levels(tmp_path / "named.tif") == right.tolist()
     webp = encoded(Image.fromarray(stored).convert("RGB"), "WEBP", exif=exif, lossless=True)
     assert np.array(levels(webp, "RGB"))[..., 0].tolist() == right.tolist()
 

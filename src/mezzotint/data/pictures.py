@@ -75,6 +75,8 @@ def open_picture(source: str | Path | BinaryIO) -> ImageFile.ImageFile:
     Raises what Pillow does for a file that is none of `FORMATS`, and `ValueError` for more than `MAX_PIXELS`.
     """
     picture = Image.open(source, formats=_formats())
+    if picture.format == "TIFF":
+        picture.filename = ""  # one with a name may be mapped into memory, by the sides that it has once it is turned
     try:
         check_pixels(*picture.size)
     except ValueError:
