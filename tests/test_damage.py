@@ -234,7 +234,9 @@ def test_what_was_typed_is_trusted_and_what_a_file_says_is_not(
         for words in (["mine.yaml"], ["mine.yaml", "--trust-code"], ["digits", *vae, named]):
             assert command(name, *words).code == 2
     assert command("train", "digits", *vae, named, "--resume").code == 2
-    assert trusted == [False, True, True, False, True, True, False], "a state to resume was not typed"
+    Path("mine.yaml").write_text(load_recipe("digits", [*vae, named.replace("beside:maps", "r:p")]).to_yaml())
+    assert command("fit-tokenizer", "mine.yaml", "data=folder:photos").code == 2
+    assert trusted == [False, True, True, False, True, True, False, False], "a state, or part of a path, was not typed"
 
 
 def test_code_beside_a_model_of_transformers_is_not_imported(module: Path) -> None:

@@ -167,7 +167,8 @@ def train(
 
 def _typed_code(recipe: Any, overrides: list[str] | None) -> bool:
     """Whether the module:function that `recipe` names stands in the command itself, and so is the user's own word."""
-    return any(recipe.representation.fit.perceptual_network in override for override in overrides or [])
+    named = f"representation.fit.perceptual_network={recipe.representation.fit.perceptual_network}"
+    return named in (overrides or [])
 
 
 @app.command("fit-tokenizer")
