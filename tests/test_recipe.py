@@ -229,6 +229,7 @@ def _bomb(item: str) -> str:
         ("guidance: 4", "guidance = 4 is not valid: expected keys with values"),
         ("training: {lora: 4}", r"training\.lora = 4 is not valid: expected keys with values"),
         ("training: {stages: [5]}", r"training\.stages\.0 = 5 is not valid: expected keys with values"),
+        ("backbone: {name: unet, channels: [], tubelet_size: 2}", r"backbone\.channels = \[\] is not valid"),
         ("seed: {a: 1}", r"seed = \{'a': '1'\} is not valid"),
         ("name: null", "name = None is not valid"),
         ("extends: [digits]", r"extends \['digits'\]; expected a recipe's name"),
