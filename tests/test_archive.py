@@ -260,9 +260,18 @@ def test_a_flipped_part_is_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: P
     assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
 
 
+def test_a_part_in_the_place_of_another_is_drawn_again(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    """It is whole, of the same run and of the same length, and its images are others."""
+    path = tmp_path / "s.npz"
+    first, second, _ = sorted(begun(pipeline, path).glob("*.npz"))
+    first.write_bytes(second.read_bytes())
+    sample_to_npz(pipeline, path, [3, 8], 6)
+    assert close(np.load(path)["arr_0"], expected(pipeline, 6).repeat(3, -1))
+
+
 def test_a_large_flipped_part_is_found_where_it_is_joined(tmp_path: Path) -> None:
     part, images = tmp_path / "000000000.npz", np.zeros((8, 64, 64, 3), np.uint8)
-    np.savez(part, images)
+    np.savez(part, **{part.stem: images})
     archive._join([part], None, 8, tmp_path / "whole.npz")
     assert np.array_equal(np.load(tmp_path / "whole.npz")["arr_0"], images)
     flip(part)

@@ -660,6 +660,10 @@ def test_a_full_disk_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
         (lambda cache, first: first.write_bytes(b"hello"), "damaged: its header is cut off; run the same"),
         (lambda cache, first: first.write_bytes(bytes(1000)), "damaged: .*; run the same 'mezzotint encode' again"),
         (lambda cache, first: save_file({"x": torch.zeros(2)}, first), "is not one of the files that"),
+        (
+            lambda cache, first: shutil.copy(first.with_name("00001-of-00003.safetensors"), first),
+            "damaged: .* or is another file of the folder; run the same",
+        ),
         (lambda cache, first: (cache / "latents.json").write_text("{"), "latents.json cannot be read"),
         (lambda cache, first: (cache / "latents.json").write_text('{"format": 9}'), "is not of format 1"),
         (

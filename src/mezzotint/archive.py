@@ -96,7 +96,9 @@ def sample_to_npz(
             continue
         pixels = ready.pop(start) if start in ready else draw(start, start + lengths[start])
         with atomic_path(files[start]) as temporary, open(temporary, "wb") as file:
-            np.savez(file, pixels)  # a zip has a CRC-32 of what is in it
+            np.savez(
+                file, **{files[start].stem: pixels}
+            )  # a zip has a CRC-32 of what is in it, and the name says where
         if progress:
             console.print(f"part {number} of {len(mine)} of this process is drawn")
     if rank == 0:
@@ -145,7 +147,7 @@ def _begun(parts: Path, plan: dict[str, Any]) -> int | None:
 def _is_whole(part: Path, count: int) -> bool:
     """Whether the part is there, `count` images in their full length; one that is not is drawn again."""
     try:
-        with zipfile.ZipFile(part) as archive, archive.open("arr_0.npy") as member:
+        with zipfile.ZipFile(part) as archive, archive.open(f"{part.stem}.npy") as member:
             np.lib.format.read_magic(member)
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
@@ -157,7 +159,7 @@ def _pixels(part: Path) -> np.ndarray:
     """A part's images. Raises `MezzotintError` for one that is damaged, and removes it: it is then drawn again."""
     try:
         with np.load(part, allow_pickle=False) as archive:
-            images: np.ndarray = archive["arr_0"]
+            images: np.ndarray = archive[part.stem]
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
         part.unlink(missing_ok=True)
         raise MezzotintError(

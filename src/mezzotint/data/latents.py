@@ -322,14 +322,15 @@ def write_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> Non
     """Write a shard, whole or not at all."""
     rows = [tensors[name].flatten(1).contiguous().view(torch.uint8).numpy() for name in MOMENTS]
     sums = torch.tensor([[zlib.crc32(image), zlib.crc32(mirrored)] for image, mirrored in zip(*rows, strict=True)])
-    about = {"cache": fingerprint, "index": _index(tensors["labels"], sums)}
+    about = {"cache": fingerprint, "index": _index(path, tensors["labels"], sums)}
     with atomic_path(path) as temporary:
         save_tensors(tensors | {"checksums": sums}, temporary, about)
 
 
-def _index(labels: Tensor, checksums: Tensor) -> str:
-    """CRC-32 of what is read of a shard when it is opened."""
-    return f"{zlib.crc32(checksums.numpy().data, zlib.crc32(labels.numpy().data)):08x}"
+def _index(path: Path, labels: Tensor, checksums: Tensor) -> str:
+    """CRC-32 of what is read of a shard when it is opened, and of its name: in another's place it is damage."""
+    found = zlib.crc32(labels.numpy().data, zlib.crc32(path.name.encode()))
+    return f"{zlib.crc32(checksums.numpy().data, found):08x}"
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -394,8 +395,8 @@ class Shard:
                 raise ValueError(
                     f"it has labels from {labels.min()} to {labels.max()} of {len(info.class_names)} classes"
                 )
-            if sums is not None and _index(labels, sums) != about.get("index"):
-                raise ValueError("it has other labels or checksums than were written")
+            if sums is not None and _index(path, labels, sums) != about.get("index"):
+                raise ValueError("it has other labels or checksums than were written, or is another file of the folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"{path} is damaged: {error}") from None
         offsets = {name: begin + places[name][0] for name in MOMENTS}
