@@ -248,6 +248,13 @@ def test_a_held_folder_is_refused_and_a_dead_process_holds_nothing(tmp_path: Pat
     assert not (tmp_path / "runs").exists(), "what a lock has made is gone where nothing was written"
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{", b"[" * 4096, b"null", b'{"pid": "x", "host": []}'])
+def test_a_lock_with_any_content_is_nobody_s(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_a_process_does_not_hold_a_folder_twice(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(MezzotintError, match=f"in use by process {os.getpid()}"):
         locked(tmp_path).__enter__()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, tensors_digest, write_text
+from mezzotint.files import atomic_path, parse_json, tensors_digest, write_text
 from mezzotint.images import adm_pixels
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.progress import console
@@ -96,9 +96,8 @@ def sample_to_npz(
             continue
         pixels = ready.pop(start) if start in ready else draw(start, start + lengths[start])
         with atomic_path(files[start]) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file, **{files[start].stem: pixels}
-            )  # a zip has a CRC-32 of what is in it, and the name says where
+            # A zip has a CRC-32 of what is in it; the name says which part it is.
+            np.savez(file, **{files[start].stem: pixels})  # type: ignore[arg-type]
         if progress:
             console.print(f"part {number} of {len(mine)} of this process is drawn")
     if rank == 0:
@@ -179,7 +178,7 @@ def _checksums(path: Path) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None

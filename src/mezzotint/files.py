@@ -202,7 +202,7 @@ def _sort_metadata(path: Path) -> None:
     """The same content shall be the same bytes: safetensors writes its metadata in an order that changes."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         if len(text) <= length:  # else some letter is written in another way

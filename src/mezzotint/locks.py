@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import MezzotintError
-from mezzotint.files import check_free, sweep_anew
+from mezzotint.files import check_free, parse_json, sweep_anew
 from mezzotint.progress import console
 
 try:
@@ -187,7 +187,7 @@ def _content(descriptor: int) -> bytes:
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
-        values = json.loads(_content(descriptor))
+        values = parse_json(_content(descriptor))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from mezzotint.conditions.encoders import TextEncoder
 from mezzotint.conditions.text import Bytes, Captioner, Text
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, read_tensors, save_tensors
+from mezzotint.files import atomic_path, parse_json, read_tensors, save_tensors
 from mezzotint.finite import check_finite, nonfinite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
@@ -196,8 +195,8 @@ def header_list(metadata: Mapping[str, str], key: str, source: str | Path) -> tu
     Raises `MezzotintError` for what is no JSON list of texts.
     """
     try:
-        values = json.loads(metadata.get(key, "[]"))
-    except (ValueError, RecursionError):
+        values = parse_json(metadata.get(key, "[]"))
+    except ValueError:
         values = None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise MezzotintError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mezzotint.errors import MezzotintError
+from mezzotint.files import parse_json
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `MezzotintError` where it is missing or damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
         raise MezzotintError(f"{path} is missing or no JSON; download the whole folder again") from None
     if not isinstance(values, dict):
         raise MezzotintError(f"{path} is not a JSON object; download the whole folder again")

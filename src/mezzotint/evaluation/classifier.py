@@ -23,7 +23,7 @@ from mezzotint.evaluation.sources import (
     of_first,
     to_channels,
 )
-from mezzotint.files import cache_folder, keep, read_tensors, tensors_digest
+from mezzotint.files import cache_folder, keep, parse_json, read_tensors, tensors_digest
 from mezzotint.pipeline import load_tensors, save_weights
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import DataSettings
@@ -161,7 +161,7 @@ class ClassifierNetwork:
         """What `save` wrote. Raises `MezzotintError` where it is damaged or something else."""
         tensors, metadata = read_tensors(path)
         try:
-            values, shape = json.loads(metadata["classifier"]), json.loads(metadata["shape"])
+            values, shape = parse_json(metadata["classifier"]), parse_json(metadata["shape"])
             with torch.random.fork_rng(devices=[]):
                 net = ConvNet(*shape)
             known = cls(net, **values | {"class_names": tuple(values["class_names"])})

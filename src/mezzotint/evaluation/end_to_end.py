@@ -36,7 +36,7 @@ from mezzotint.evaluation.probe import Labelled, accuracy
 from mezzotint.evaluation.probing import TIMES, labelled_sources
 from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import features_with_gradients, layers_of, pooled_features
-from mezzotint.files import new_folder, read_tensors, write_text
+from mezzotint.files import new_folder, parse_json, read_tensors, write_text
 from mezzotint.locks import claimed
 from mezzotint.pipeline import PRECISIONS, Pipeline, build, load_tensors, save_weights
 from mezzotint.progress import console, track
@@ -294,7 +294,7 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
             f"{folder} holds no fine-tuned classifier; 'mezzotint finetune RUN --out FOLDER' makes one"
         )
     tensors, about = read_tensors(folder / WEIGHTS)
-    class_names = tuple(json.loads(about["class_names"]))
+    class_names = tuple(parse_json(about["class_names"]))
     pipeline = build(load_recipe(folder), class_names=class_names, device=device)
     null = pipeline.no_caption if pipeline.denoiser.text else None
     with torch.random.fork_rng(devices=[]):

@@ -31,7 +31,7 @@ from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, decoded_alike, figures
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
-from mezzotint.files import atomic_path, tensors_digest, write_text
+from mezzotint.files import atomic_path, parse_json, tensors_digest, write_text
 from mezzotint.guidance import Guidance
 from mezzotint.locks import locked
 from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
@@ -282,7 +282,7 @@ def _plan(pipeline: Pipeline, network: FeatureNetwork, real: Reference, count: i
 def _read(file: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """The figures of a finished cell; None where there is none, or the file was damaged."""
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = parse_json(file.read_text(encoding="utf-8"))
         return dict(held["figures"]) if held["settings"] == plan else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

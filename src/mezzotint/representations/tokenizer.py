@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mezzotint.errors import MezzotintError
-from mezzotint.files import file_checksum, read_tensors, save_tensors, write_text
+from mezzotint.files import file_checksum, parse_json, read_tensors, save_tensors, write_text
 from mezzotint.finite import check_finite
 from mezzotint.settings import Decay, LearningRate, Settings
 
@@ -421,7 +421,7 @@ def open_tokenizer(
 def _read_info(folder: Path) -> TokenizerInfo:
     file = folder / INFO
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise MezzotintError(
             f"{folder} is not a tokenizer's folder: it has no {INFO}; make one with 'mezzotint fit-tokenizer', or set "

@@ -32,7 +32,7 @@ from torch import Tensor
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.evaluation.probe import LinearProbe, LinearProtocol
 from mezzotint.evaluation.probing import TIMES, probe
-from mezzotint.files import write_text
+from mezzotint.files import parse_json, write_text
 from mezzotint.locks import locked
 from mezzotint.pipeline import build
 from mezzotint.progress import console
@@ -326,7 +326,7 @@ def finished(job: Job) -> dict[str, Any] | None:
     Raises `MezzotintError` where it was made with other settings.
     """
     try:
-        held = json.loads(job.file.read_text(encoding="utf-8"))
+        held = parse_json(job.file.read_text(encoding="utf-8"))
         settings, result = held["settings"], dict(held["result"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -428,7 +428,7 @@ def _with_tokenizer(job: Job, device: str) -> tuple[Recipe, dict[str, Any]]:
     folder, settings = _tokenizer_folder(job), job.recipe.representation
     if not (folder / INFO).is_file():
         fit_tokenizer(job.recipe, folder, device=device, quiet=True)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = parse_json((folder / "metrics.json").read_text(encoding="utf-8"))
     recipe = job.recipe.model_copy(update={"representation": settings.model_copy(update={"path": str(folder)})})
     return recipe, {key: metrics[key] for key in ("psnr", "explained_variance")}
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mezzotint.errors import MezzotintError
-from mezzotint.files import file_checksum, readable_size, sweep, temporary_name, write_text
+from mezzotint.files import file_checksum, parse_json, readable_size, sweep, temporary_name, write_text
 from mezzotint.training.parallel import World
 
 logger = logging.getLogger("mezzotint")
@@ -77,7 +77,7 @@ class Checkpoints:
         """What is wrong with this process's share of the state's files, or nothing."""
         path = self.path(step)
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
             for name, written in sorted(manifest.items())[self.world.rank :: self.world.size]:
                 size, checksum = (written, None) if isinstance(written, int) else (written["bytes"], written["crc32"])
                 if (path / name).stat().st_size != size:

@@ -32,7 +32,7 @@ from mezzotint.data import (
 from mezzotint.data.transforms import flip
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, is_utf8
+from mezzotint.files import atomic_path, is_utf8, parse_json
 from mezzotint.finite import nonfinite
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
@@ -560,8 +560,8 @@ class Log:
     def _stays(self, line: bytes) -> bool:
         """Whether a line of metrics.jsonl stays: of a step up to the first, or not ours; not if a kill cut it off."""
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = parse_json(line)
+        except ValueError:
             return line.endswith(b"\n")
         step = values.get("step") if isinstance(values, dict) else None
         return step <= self.first_step if isinstance(step, int) else line.endswith(b"\n")

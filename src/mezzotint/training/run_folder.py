@@ -13,7 +13,7 @@ from mezzotint.conditions.text import Captioner
 from mezzotint.data import CachedLatents, ImageDataset, ImageStream
 from mezzotint.data.base import same_content
 from mezzotint.errors import MezzotintError
-from mezzotint.files import is_temporary, write_text
+from mezzotint.files import is_temporary, parse_json, write_text
 from mezzotint.locks import LOCK
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.representations import TOKENIZERS
@@ -265,10 +265,10 @@ def _read(run: Path) -> Record | None:
     """The record of a run; None where an earlier version has begun it. Raises `MezzotintError` where it is damaged."""
     file = run / RECORD
     try:
-        return Record.parse(json.loads(file.read_text(encoding="utf-8")))
+        return Record.parse(parse_json(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, RecursionError, MezzotintError) as error:
+    except (OSError, ValueError, TypeError, MezzotintError) as error:
         raise MezzotintError(
             f"{file} is damaged ({error}); put it back, or remove it to go on without what it says"
         ) from None
