@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -386,3 +387,7 @@ def test_a_folder_in_use_and_one_without_a_classifier(mezzotint: Any, run: Path,
     assert (result.code, "exists already; choose another place" in result.err) == (2, True)
     with pytest.raises(MezzotintError, match="holds no fine-tuned classifier"):
         load_classifier(run)
+    shutil.copytree(run, tmp_path / "other")
+    shutil.copy(run / "model.safetensors", tmp_path / "other" / end_to_end.WEIGHTS)
+    with pytest.raises(MezzotintError, match="names no layer and time"):
+        load_classifier(tmp_path / "other")

@@ -93,6 +93,11 @@ def test_every_flipped_bit_of_a_state_is_found(checkpoints: Checkpoints) -> None
     assert value_of(read) == 2
 
 
+def test_a_manifest_nested_too_deeply_is_damage(checkpoints: Checkpoints) -> None:
+    (checkpoints.path(2) / MANIFEST).write_text("[" * 100_000)
+    assert checkpoints.latest() == 1
+
+
 def test_the_manifest_holds_sizes_and_crc32(checkpoints: Checkpoints) -> None:
     place = checkpoints.path(2)
     manifest = json.loads((place / MANIFEST).read_text())

@@ -549,9 +549,10 @@ def test_folders_that_are_no_tokenizer_or_another(tiny: Recipe, pca: PatchPCA, t
     (tmp_path / "pca" / "tokenizer.json").write_text('{"format": 1}')
     with pytest.raises(MezzotintError, match=r"tokenizer.json is damaged: key 'name' is missing"):
         open_tokenizer(tmp_path / "pca")
-    (tmp_path / "pca" / "tokenizer.json").write_text("[")
-    with pytest.raises(MezzotintError, match=r"tokenizer.json cannot be read"):
-        open_tokenizer(tmp_path / "pca")
+    for text in ("[", "[" * 100_000):
+        (tmp_path / "pca" / "tokenizer.json").write_text(text)
+        with pytest.raises(MezzotintError, match=r"tokenizer.json cannot be read"):
+            open_tokenizer(tmp_path / "pca")
 
 
 def test_a_mistaken_path_leaves_no_run_behind(tiny: Recipe, tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ from mezzotint.evaluation.probe import Labelled, accuracy
 from mezzotint.evaluation.probing import TIMES, labelled_sources
 from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import features_with_gradients, layers_of, pooled_features
-from mezzotint.files import new_folder, parse_json, read_tensors, write_text
+from mezzotint.files import new_folder, read_tensors, write_text
 from mezzotint.locks import claimed
-from mezzotint.pipeline import PRECISIONS, Pipeline, build, load_tensors, save_weights
+from mezzotint.pipeline import PRECISIONS, Pipeline, build, header_list, load_tensors, save_weights
 from mezzotint.progress import console, track
 from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings, TrainingSettings, load_recipe
@@ -294,11 +294,18 @@ def load_classifier(folder: str | Path, *, device: torch.device | str = "cpu") -
             f"{folder} holds no fine-tuned classifier; 'mezzotint finetune RUN --out FOLDER' makes one"
         )
     tensors, about = read_tensors(folder / WEIGHTS)
-    class_names = tuple(parse_json(about["class_names"]))
+    class_names = header_list(about, "class_names", str(folder / WEIGHTS))
+    try:
+        layer, t = about["layer"], float(about["t"])
+    except (KeyError, ValueError):
+        raise MezzotintError(
+            f"the header of {folder / WEIGHTS} names no layer and time, as 'mezzotint finetune' writes them; copy it "
+            "again"
+        ) from None
     pipeline = build(load_recipe(folder), class_names=class_names, device=device)
     null = pipeline.no_caption if pipeline.denoiser.text else None
     with torch.random.fork_rng(devices=[]):
-        classifier = Classifier(pipeline.denoiser, about["layer"], float(about["t"]), len(class_names), null)
+        classifier = Classifier(pipeline.denoiser, layer, t, len(class_names), null)
     load_tensors(classifier.parts, tensors, str(folder / WEIGHTS))
     return pipeline, classifier.eval()
 
