@@ -377,3 +377,10 @@ def test_what_stands_in_the_way_is_told_before_anything_is_drawn(
         assert drawn.code == 0, drawn.err
     (said,) = caplog.messages
     assert said.endswith("png holds 1 other files, such as 000002.png, which stay beside the 2 images")
+
+
+def test_a_path_that_no_file_system_has_is_not_repeated_by_the_page(mezzotint: Command) -> None:
+    refused = mezzotint("sweep", "x" * 5000, "steps=1")
+    assert refused.code == 2
+    assert "File name too long" in refused.err
+    assert len(refused.err) < 2100

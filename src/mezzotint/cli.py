@@ -1153,7 +1153,7 @@ def _full(error: BaseException) -> str | None:
 
 
 def _fail(sentence: str) -> None:
-    console.print(f"error: {sentence}", soft_wrap=True)
+    console.print(f"error: {MezzotintError(sentence)}", soft_wrap=True)
     sys.exit(2)
 
 

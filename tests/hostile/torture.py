@@ -244,7 +244,8 @@ def harm(rng: random.Random, place: Path) -> tuple[str, Callable[[], None]] | No
         file.write_bytes(flipped)
     else:
         file.write_bytes(damaged_bytes(rng, content))
-    return f"{how} {file.relative_to(place)}", undo
+    both = f" with {other.relative_to(place)}" if how == "swapped" else ""
+    return f"{how} {file.relative_to(place)}{both}", undo
 
 
 class Disk:
