@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -370,3 +371,22 @@ def test_labels_and_classes_must_fit(tiny: Recipe, tmp_path: Path) -> None:
     with pytest.raises(MezzotintError, match=r"10 classes, more than backbone\.num_classes=3"):
         mezzotint.train(override_recipe(tiny, ["backbone.num_classes=3"]), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_on_a_full_disk_do_not_end_the_run(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorBoard's worker thread hands its error to whichever call comes next."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    mezzotint.train(tiny, tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    told = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert told == [
+        f"the logs in {tmp_path / 'run' / 'logs'} cannot be written (No space left on device); training goes on"
+    ]

@@ -300,8 +300,8 @@ def state_dict(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise MezzotintError(f"{source} is not a state dict: its entry {key!r} is no tensor; expected tensors")
-        if value.layout != torch.strided or value.is_meta:
-            raise MezzotintError(f"{source} is not a state dict: its entry {key!r} is sparse or empty; save it dense")
+        if value.layout != torch.strided:
+            raise MezzotintError(f"{source} is not a state dict: its entry {key!r} is sparse; save it dense")
         name = re.sub(rf"(?<![^.])({'|'.join(WRAPPERS)})\.", "", str(key))
         check_dtype(name, value, source)
         if name in tensors:

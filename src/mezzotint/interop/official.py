@@ -140,6 +140,12 @@ def unpickle(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise MezzotintError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        if empty := next((key for key, value in part.items() if isinstance(value, Tensor) and value.is_meta), None):
+            raise MezzotintError(
+                f"{path} is not a state dict: its entry {empty!r} has a shape and no numbers (device meta); save the "
+                "network again after its weights are loaded"
+            )
     return content
 
 

@@ -524,7 +524,7 @@ class Log:
     def __init__(self, folder: Path, step: int, settings: TrainingSettings, here: World, *, quiet: bool) -> None:
         self.folder, self.first_step, self.settings = folder, step, settings
         self.active, self.quiet = here.is_main, quiet
-        self.saw_steps = False
+        self.saw_steps = self.failed = False
         self.metrics = folder / "metrics.jsonl"
 
     def __enter__(self) -> Log:
@@ -546,7 +546,8 @@ class Log:
     def __exit__(self, *exception: object) -> None:
         if self.active:
             self.bar.stop()
-            self.writer.close()
+            with self._written():
+                self.writer.close()
 
     def _forget_later_steps(self) -> None:
         # A killed run has logged steps after its last checkpoint, which will be taken again.
@@ -585,10 +586,21 @@ class Log:
     def scalar(self, step: int, name: str, value: float, **more: float) -> None:
         """One line of metrics.jsonl, each number also to TensorBoard."""
         values = {name: value, **more}
-        for key, number in values.items():
-            self.writer.add_scalar(key, number, step)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._written():
+            for key, number in values.items():
+                self.writer.add_scalar(key, number, step)
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Logs are no weights: where they cannot be written, that is said once. TensorBoard fails a call too late."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                logger.warning("the logs in %s cannot be written (%s); training goes on", self.folder, error.strerror)
+            self.failed = True
 
     def grid(self, step: int, pipeline: Pipeline, folder: Path, levels: int | None) -> None:
         """Samples of the averaged model, as far as its levels are trained, always from the same noise."""
