@@ -191,11 +191,26 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         kept[name] = tensor
     check_finite(kept, "what was to be written")
     try:
-        save_file(kept, path, metadata | {CHECKSUM: tensors_checksum(kept, metadata)})
-        _sort_metadata(path)
+        with _temporary_folder(path) as folder:  # a kill leaves what safetensors writes before it renames
+            save_file(kept, folder / path.name, metadata | {CHECKSUM: tensors_checksum(kept, metadata)})
+            _sort_metadata(folder / path.name)
+            os.replace(folder / path.name, path)
     except SafetensorError as error:  # a full disk, in safetensors' words
         needed = readable_size(sum(tensor.nbytes for tensor in kept.values()))
         raise OSError(f"{error}, {needed} are needed") from None
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is removed at the end, or by `sweep` after a kill."""
+    folder = temporary_name(path)
+    folder.mkdir()
+    _unfinished.add(folder.name)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+        _unfinished.discard(folder.name)
 
 
 def _sort_metadata(path: Path) -> None:
