@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -122,8 +123,10 @@ def damage_file(rng: random.Random, file: Path) -> str:
     """Damage a file, as text where it is JSON, or as bytes; says what was done."""
     content = file.read_bytes()
     if file.suffix == ".json" and rng.random() < 0.7:
-        file.write_text(json.dumps(damaged_tree(rng, json.loads(content))), encoding="utf-8", errors="surrogateescape")
-        return f"other JSON in {file.name}"
+        with contextlib.suppress(ValueError):  # it was damaged before
+            text = json.dumps(damaged_tree(rng, json.loads(content)))
+            file.write_text(text, encoding="utf-8", errors="surrogateescape")
+            return f"other JSON in {file.name}"
     file.write_bytes(damaged_bytes(rng, content))
     return f"other bytes in {file.name}"
 
