@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mezzotint import files, locks
@@ -68,6 +69,27 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_writes_is_not(tmp
         assert mine.exists()
         mine.write_text("")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.npz", "other"])
+
+
+def test_a_kill_inside_of_safetensors_leaves_nothing_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes under a name of its own, beside that which it was given."""
+    place = tmp_path / "x.safetensors"
+
+    def killed(tensors: object, path: Path, metadata: object) -> None:
+        path.with_name(".tmpW2wB12").touch()
+        os._exit(9)
+
+    if (pid := os.fork()) == 0:
+        monkeypatch.setattr(files, "save_file", killed)
+        with atomic_path(place) as temporary:
+            files.save_tensors({"x": torch.zeros(2)}, temporary, {})
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [path.name for path in tmp_path.rglob(".tmpW2wB12")] == [".tmpW2wB12"]
+    files.sweep_anew()
+    with atomic_path(place) as temporary:
+        files.save_tensors({"x": torch.ones(2)}, temporary, {})
+    assert list(tmp_path.rglob("*")) == [place]
+    assert files.read_tensors(place)[0]["x"].tolist() == [1, 1]
 
 
 def test_another_machine_s_is_swept_after_a_day(tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def harm(rng: random.Random, place: Path) -> tuple[str, Callable[[], None]] | No
 
     def undo() -> None:
         for path, content in before.items():
+            if ".tmp" in str(path.relative_to(place)):  # nobody has a copy of what was half-written
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
