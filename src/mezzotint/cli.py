@@ -1006,9 +1006,7 @@ def _stopped(context: typer.Context, *more: str) -> typer.Exit:
     from mezzotint.training.parallel import is_main_process
 
     if is_main_process():
-        console.print(
-            f"stopped; continue with: {_command_of(context, *more)}", soft_wrap=True, markup=False, highlight=False
-        )
+        console.print(f"stopped; continue with: {_command_of(context, *more)}", soft_wrap=True)
     return typer.Exit(130)
 
 

@@ -31,6 +31,10 @@ from mezzotint.errors import MezzotintError
 from mezzotint.finite import check_finite
 from mezzotint.store import Store
 
+logger = logging.getLogger("mezzotint")
+
+CHECKSUM = "crc32"  # the key of a safetensors header under which `save_tensors` keeps `tensors_checksum`
+READ_SIZE = 2**18  # bytes; stays in a processor's cache between reading and summing
 #: bytes of a file up to which `content_digest` is over all of it; beyond, the number and the length of its pieces
 DIGEST_WHOLE, DIGEST_PIECES, DIGEST_PIECE = 2**18, 8, 2**15
 #: files read at a time; more gain nothing from a local disk, and a few hide most of a network's latency
@@ -106,10 +110,16 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-logger = logging.getLogger("mezzotint")
-
-CHECKSUM = "crc32"  # the key of a safetensors header under which `save_tensors` keeps `tensors_checksum`
-READ_SIZE = 2**18  # bytes; stays in a processor's cache between reading and summing
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """`temporary_name`, where nothing is yet and `sweep` leaves alone what will be; in the end it is removed."""
+    temporary = temporary_name(path)
+    _unfinished.add(temporary.name)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+        _unfinished.discard(temporary.name)
 
 
 @contextmanager
@@ -119,24 +129,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises `MezzotintError` where the disk is full, read-only or not ours to write.
     """
     path = Path(path)
-    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        temporary.touch(exist_ok=False)
-        _unfinished.add(temporary.name)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that nobody else can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _temporary(path) as temporary:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes files that nobody else can read
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise MezzotintError(f"cannot write {path}: {reason}; free some space or choose another place") from error
-    finally:
-        remove(temporary)
-        _unfinished.discard(temporary.name)
 
 
 def check_free(out: Path) -> None:
@@ -152,27 +158,23 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises `MezzotintError` where the disk is full, read-only or not ours to write.
     """
     place = out.resolve()
-    temporary = temporary_name(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         sweep(place.parent)
-        temporary.mkdir()
-        _unfinished.add(temporary.name)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        if place.is_dir():  # empty, or it would have been refused
-            place.rmdir()
-        os.replace(temporary, place)
+        with _temporary(place) as temporary:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            if place.is_dir():  # empty, or it would have been refused
+                place.rmdir()
+            os.replace(temporary, place)
     except OSError as error:
         reason = error.strerror or str(error)
         raise MezzotintError(f"cannot write {out}: {reason}; free some space or choose another place") from error
-    finally:
-        remove(temporary)
-        _unfinished.discard(temporary.name)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -191,26 +193,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         kept[name] = tensor
     check_finite(kept, "what was to be written")
     try:
-        with _temporary_folder(path) as folder:  # a kill leaves what safetensors writes before it renames
+        with _temporary(path) as folder:  # a kill leaves what safetensors writes before it renames
+            folder.mkdir()
             save_file(kept, folder / path.name, metadata | {CHECKSUM: tensors_checksum(kept, metadata)})
             _sort_metadata(folder / path.name)
             os.replace(folder / path.name, path)
     except SafetensorError as error:  # a full disk, in safetensors' words
         needed = readable_size(sum(tensor.nbytes for tensor in kept.values()))
         raise OSError(f"{error}, {needed} are needed") from None
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that is removed at the end, or by `sweep` after a kill."""
-    folder = temporary_name(path)
-    folder.mkdir()
-    _unfinished.add(folder.name)
-    try:
-        yield folder
-    finally:
-        remove(folder)
-        _unfinished.discard(folder.name)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -30,7 +30,7 @@ from mezzotint.seal import check_unchanged, check_uncut, sealed
 from mezzotint.settings import Decay, LearningRate, Seed, Settings
 from mezzotint.targets import Target
 from mezzotint.weightings import WeightingName
-from mezzotint.written import Written, as_written, read_text, read_yaml
+from mezzotint.written import Written, as_written, read_yaml, typed_text
 
 
 class DataSettings(Settings):
@@ -817,7 +817,7 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
     if path.name == "recipe.yaml" and is_file and "extends" not in values:
         check_unchanged(path, text, values, ("guidance", [*Guidance.model_fields]))
     base = values.pop("extends", None)
-    base = read_text(base) if isinstance(base, Written) else base
+    base = typed_text(base) if isinstance(base, Written) else base
     if base is not None and not isinstance(base, str):
         raise MezzotintError(
             f"{source} extends {shortened(base)}; expected a recipe's name, a YAML file or a run folder"
@@ -859,7 +859,7 @@ def _named_section(key: str, word: str, section: type[Settings]) -> Any:
             return read_yaml(word)
         except ValueError as error:
             raise MezzotintError(f"{key} = {shortened(word)} is not valid YAML: {error}") from None
-    name = read_text(word) if isinstance(word, Written) else word
+    name = typed_text(word) if isinstance(word, Written) else word
     if key == "data" and name and ":" in name:
         name, _, path = name.partition(":")
         return {"name": name, "path": path}

@@ -121,7 +121,7 @@ def read_field(annotation: Any, value: Any) -> Any:
     if isinstance(value, str) and not _is_text(annotation):
         value = read_value(value)
     elif isinstance(value, Written):
-        value = read_text(value)
+        value = typed_text(value)
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         try:
             value = float(value)  # which a field of whole numbers refuses
@@ -133,7 +133,7 @@ def read_field(annotation: Any, value: Any) -> Any:
     return value
 
 
-def read_text(written: Written) -> str | None:
+def typed_text(written: Written) -> str | None:
     """The text that was typed, None for null."""
     return None if written in NULL else str(written)
 
