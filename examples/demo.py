@@ -13,7 +13,7 @@ from pathlib import Path
 STARTED = time.perf_counter()  # before the imports below, which a user waits for too
 
 import mezzotint  # noqa: E402
-from mezzotint.cli import print_scores  # noqa: E402
+from mezzotint.cli.tables import print_scores  # noqa: E402
 from mezzotint.files import write_text  # noqa: E402
 
 RUN = Path("runs/demo")

@@ -142,7 +142,7 @@ def test_torchrun_and_a_kill(pipeline: mezzotint.Pipeline, tmp_path: Path) -> No
     mezzotint.pipeline.save_weights(pipeline.denoiser.backbone, run / "model.safetensors", {})
     npz = tmp_path / "s.npz"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["mezzotint.cli", "sample", str(run), "--classes", "3, 8", "--count", "60", "--batch-size", "4"]
+    command += ["mezzotint", "sample", str(run), "--classes", "3, 8", "--count", "60", "--batch-size", "4"]
     command += ["--npz", str(npz), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

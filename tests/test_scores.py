@@ -93,7 +93,7 @@ def test_processes_share_the_work_and_find_the_same(pipeline: mezzotint.Pipeline
     found = []
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m", "mezzotint.cli", "evaluate", str(run), "--features", "pixels", "--count", "150"]
+        command += ["-m", "mezzotint", "evaluate", str(run), "--features", "pixels", "--count", "150"]
         command += ["--batch-size", "40", "--device", "cpu", "--out", str(tmp_path / f"{processes}.json")]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

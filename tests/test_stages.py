@@ -373,7 +373,7 @@ def test_two_processes_give_the_stages_of_one(whole: Path, tmp_path: Path) -> No
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-            "mezzotint.cli", "train", "digits", *NESTED, STAGES, "--out", str(run), "--device", "cpu",
+            "mezzotint", "train", "digits", *NESTED, STAGES, "--out", str(run), "--device", "cpu",
         ],
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -205,7 +205,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_weights(tiny: Recipe, whole:
 def test_kill_9_and_resume_ends_with_the_same_weights(tmp_path: Path) -> None:
     """A real process, killed without warning while it trains, twice; then continued to the end."""
     words = [*TINY, "training.steps=150", "training.checkpoint_every=10", "data.flip=true"]
-    command = [sys.executable, "-m", "mezzotint.cli", "train", "digits", *words]
+    command = [sys.executable, "-m", "mezzotint", "train", "digits", *words]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -281,7 +281,7 @@ def test_two_processes_give_the_loss_curve_of_one(tiny: Recipe, whole: Path, tmp
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-            "mezzotint.cli", "train", "digits", *TINY, "--out", str(run), "--device", "cpu",
+            "mezzotint", "train", "digits", *TINY, "--out", str(run), "--device", "cpu",
         ],
         check=True,
         capture_output=True,

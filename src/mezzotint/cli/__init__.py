@@ -1,0 +1,93 @@
+"""The command line: parse, call the library, print. Results go to standard output, the rest to standard error.
+
+A file for each command; what several share is in `options`, `models` and `tables`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.logging import RichHandler
+
+from mezzotint.cli import (
+    convert,
+    cost,
+    denoise,
+    encode,
+    evaluate,
+    export_vit,
+    finetune,
+    fit_tokenizer,
+    probe,
+    recipes,
+    sample,
+    study,
+    sweep,
+    train,
+    train_mae,
+)
+from mezzotint.cli.app import app
+from mezzotint.errors import MezzotintError, shortened
+from mezzotint.progress import console, print_anything
+
+# In the order of --help.
+for command in (
+    train.train,
+    fit_tokenizer.fit_tokenizer,
+    sample.sample,
+    evaluate.evaluate,
+    sweep.sweep,
+    probe.probe,
+    denoise.denoise,
+    study.study,
+    finetune.finetune,
+    train_mae.train_mae,
+    encode.encode,
+    convert.convert,
+    export_vit.export_vit,
+    cost.cost,
+    recipes.recipes,
+):
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    print_anything()
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    try:
+        app(prog_name="mezzotint")
+    except MezzotintError as error:
+        _fail(str(error))
+    except UnicodeEncodeError as error:
+        _fail(f"{shortened(error.object)} is not in UTF-8, as a library that is used here needs it; rename it.")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.filename or 'file'}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if "determine home directory" in str(error):  # pathlib's word for a ~ that means nothing
+            _fail("a path begins with ~, and whose home that is is not known here; write it out.")
+        if "DataLoader worker" in str(error):  # torch raises it wherever this process is when one dies
+            _fail(
+                f"a process that decodes images ended ({str(error).splitlines()[0]}), as the system ends one where "
+                "memory is short; lower data.workers, and go on from the last checkpoint by --resume."
+            )
+        if (device := _full(error)) is None:
+            raise
+        _fail(f"{device} is out of memory; lower training.batch_size or --batch-size, or raise training.accumulate.")
+
+
+def _full(error: BaseException) -> str | None:
+    """What has no memory left, where that is what the error says; importing torch to ask would slow down --help."""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+        return "the GPU"
+    return "the CPU" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else None
+
+
+def _fail(sentence: str) -> None:
+    console.print(f"error: {MezzotintError(sentence)}", soft_wrap=True)
+    sys.exit(2)

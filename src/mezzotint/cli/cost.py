@@ -1,0 +1,77 @@
+"""``mezzotint cost``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mezzotint.cli.options import Device, Overrides, RecipeArgument
+from mezzotint.cli.tables import duration
+from mezzotint.progress import results
+
+
+def cost(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    samplers: Annotated[bool, typer.Option("--samplers", help="Also what an image costs by each sampler.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, without what is measured here.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Count a recipe's parameters, multiply-adds (the papers' "Gflops") and memory, and estimate its time here.
+
+    The estimate is what the matrix products alone would take at this machine's measured rate: a bound from below.
+    """
+    from dataclasses import asdict
+
+    from mezzotint.evaluation import cost as counting
+    from mezzotint.files import readable_size
+    from mezzotint.pipeline import PRECISIONS
+    from mezzotint.recipe import load_recipe
+    from mezzotint.training.parallel import choose_device
+
+    loaded = load_recipe(recipe, overrides or [])
+    settings = loaded.training
+    counted = counting.recipe_cost(loaded)
+    paper = counting.published(loaded)
+    evaluations = counting.sampling_evaluations(loaded) if samplers else {}
+    micro = settings.batch_size // settings.accumulate
+    memory = counting.activation_bytes(loaded, 1, settings.precision)
+    if as_json:
+        values = {"recipe": loaded.name, **asdict(counted), "training_gmacs": counted.training_gmacs}
+        values |= {"activation_bytes_per_image": memory, "published": asdict(paper) if paper else None}
+        typer.echo(json.dumps(values | ({"evaluations": evaluations} if samplers else {})))
+        return
+    here = choose_device(device)
+    rate = counting.matmul_rate(here, PRECISIONS[settings.precision])
+    seconds = counted.training_gmacs * settings.batch_size * settings.steps / rate
+    table = Table("", loaded.name, *([] if paper is None else [paper.source, "difference"]))
+
+    def compared(name: str, ours: float, text: str, theirs: float | None = None, unit: str = "") -> None:
+        extra = ["", ""]
+        if theirs is not None:
+            extra = [f"{theirs:,g}{unit}", f"{ours / theirs - 1:+.2%}"]
+        table.add_row(name, text, *(extra if paper else []))
+
+    millions = counted.trainable_params / 1e6
+    compared("parameters", 0, f"{counted.params:,}")
+    trained = f"{counted.trainable_params:,}"
+    compared("of these trained", millions, trained, paper.params_millions if paper else None, " million")
+    forward = f"{counted.gmacs:,.4g} GMACs"
+    compared("forward pass of one example", counted.gmacs, forward, paper.gmacs if paper else None)
+    compared("training on one example", 0, f"{counted.training_gmacs:,.4g} GMACs")
+    activations = f"{readable_size(memory)} an example, {readable_size(micro * memory)} at {micro}"
+    compared(f"activations, {settings.precision}", 0, activations)
+    compared(f"matrix products here, {settings.precision}", 0, f"{rate:,.0f} GMAC/s ({here})")
+    compared(f"{settings.steps:,} steps of {settings.batch_size} at that rate", 0, duration(seconds))
+    results.print(table)
+    if samplers:
+        table = Table(f"{loaded.sampling.steps} steps by", "network evaluations", "GMACs", "guided")
+        for name, number in evaluations.items():
+            costs = ["the solver decides", "", ""]
+            if number is not None:
+                costs = [str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
+            table.add_row(name, *costs)
+        results.print(table)

@@ -1,0 +1,132 @@
+"""``mezzotint evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mezzotint.cli.models import WITH_DATA, is_recipe, open_model, run_folder
+from mezzotint.cli.options import BatchSize, Compiled, Device, Precision, Seed, Weights, complete_recipe
+from mezzotint.cli.tables import print_scores
+from mezzotint.errors import MezzotintError
+from mezzotint.progress import console
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, a checkpoint, a recipe with its --weights; or images: a folder, an .npz, "
+            "module:function.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REFERENCE] [KEY=VALUE]...",
+            help="Real images: a data set such as folder:PATH, a recipe for its data, a folder, an .npz of images or "
+            "statistics; default: held-out images of the model's data. Overrides of sampling, guidance, representation "
+            "and data.",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="inception, dinov2, clip, classifier, pixels or module:function. Default: the classifier of a "
+            "labelled data set of up to 64 pixels a side, else inception."
+        ),
+    ] = None,
+    feature_weights: Annotated[
+        str | None, typer.Option(help="The feature network's file (inception), or folder or hub name.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="Images to score. Default: 1,000 samples, or all images.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="As for 'mezzotint sample'.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Score a second set, guided by this scale.")] = None,
+    infinity: Annotated[
+        bool, typer.Option("--infinity", help="Also the Fréchet distance extrapolated to infinitely many samples.")
+    ] = False,
+    intervals: Annotated[
+        int, typer.Option(min=0, help="Also its 95 % bootstrap interval, from so many resamplings.")
+    ] = 0,
+    captions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Also: of so many captions, how many samples are nearer to their own image than to 9 others."
+        ),
+    ] = 0,
+    likelihood: Annotated[
+        int, typer.Option(min=0, help="Also the exact bits per dimension of so many held-out images (slow).")
+    ] = 0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    weights: Weights = "model",
+    precision: Precision = "fp32",
+    compiled: Compiled = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page: samples, their nearest training images, classes, a sweep's pictures."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON file to write; default: scores.json in the run folder, else here.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Score a model, or images, against real ones: Fréchet and kernel distances, precision and recall, and more.
+
+    Two sets of images: mezzotint evaluate A B. Eight GPUs: torchrun --nproc-per-node 8 $(which mezzotint) evaluate ….
+    """
+    from mezzotint.evaluation.scores import evaluate as score
+    from mezzotint.files import write_text
+    from mezzotint.interop import is_checkpoint
+    from mezzotint.training.parallel import world
+
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    references = [argument for argument in arguments or [] if "=" not in argument]
+    if len(references) > 1:
+        raise MezzotintError(f"images are compared with one reference, not with {' and '.join(references)}")
+    with world(device) as here:
+        scored: Any = model
+        if is_checkpoint(model) or weights != "model" or is_recipe(model):
+            scored = open_model(
+                model,
+                overrides,
+                weights=weights,
+                device=str(here.device),
+                may_change=WITH_DATA,
+                sampler=sampler,
+                steps=steps,
+            )
+            scored.prepare(precision, compiled=compiled)
+        elif overrides or sampler or steps or guidance:
+            raise MezzotintError(f"{model} is images, which no sampler draws; leave sampling and overrides out")
+        scores = score(
+            scored,
+            references[0] if references else None,
+            features=features,
+            weights=feature_weights,
+            count=count,
+            guidance=guidance,
+            captions=captions,
+            likelihood=likelihood,
+            infinity=infinity,
+            intervals=intervals,
+            html=html,
+            run=run_folder(model),
+            seed=seed,
+            batch_size=batch_size,
+            progress=here.is_main,
+        )
+        if not here.is_main:
+            return
+    print_scores(scores)
+    out = out or (run_folder(model) or Path()) / "scores.json"
+    write_text(out, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    console.print(f"wrote {out}", soft_wrap=True)

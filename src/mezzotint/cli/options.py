@@ -1,0 +1,73 @@
+"""Arguments and options that several commands share, and what completes them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    from mezzotint.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def seed_option(seed: int) -> int:
+    from mezzotint.randomness import check_seed
+
+    return check_seed(seed)
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.", autocompletion=complete_recipe
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=500 interpolant=gvp data=folder:photos."
+    ),
+]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run folder, an official file of DiT, SiT or MDM, a diffusers folder; or a recipe, with its --weights.",
+        autocompletion=complete_recipe,
+    ),
+]
+ModelOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides of sampling, guidance, representation and condition, e.g. sampling.eta=0.5; of a recipe, "
+        "anything.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
+Seed = Annotated[
+    int,
+    typer.Option(callback=seed_option, help="Seed of the noise; image i depends on it, on i and on its class alone."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
+Weights = Annotated[
+    str, typer.Option(help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.")
+]
+Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Import the module:function that a recipe names, and resume what another user wrote; see SECURITY.md.",
+    ),
+]
+Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]
