@@ -88,7 +88,9 @@ def test_cost(mezzotint: Command) -> None:
     counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--json").out)
     assert (counted["params"], counted["trainable_params"]) == (675_129_632, 674_834_720)
     assert counted["gmacs"] == pytest.approx(118.64, rel=3e-3)
-    assert "33,148,160" in mezzotint("cost", "dit-s-8-256").out
+    shown = mezzotint("cost", "dit-s-8-256").out
+    assert "33,148,160" in shown
+    assert "│ at least " in shown, "the time is a bound"
     assert json.loads(mezzotint("cost", "digits", "backbone=dit-s-2", "--json").out)["params"] > 32e6
 
 
@@ -219,6 +221,11 @@ def test_help_teaches(mezzotint: Command, words: list[str]) -> None:
         (["sample", "RUN", "--count", "50000"], "50000 images are too many to keep in memory; give --npz"),
         (["sample", "RUN", "--npz", "a.npz", "--trajectory", "a.gif"], "do not go together"),
         (["convert", "RUN", "here", "--to", "onnx"], "format 'onnx' is unknown"),
+        (
+            ["convert", "RUN", "here.pt"],
+            "here.pt names a file, and the format 'run' is a folder; for the official code's",
+        ),
+        (["convert", "RUN", "here.safetensors", "--to", "diffusers"], "the format 'diffusers' is a folder"),
         (["convert", "RUN", "here", "seed=1"], "override 'seed=1' is of no recipe; name one by --recipe"),
         (["encode", "digits"], "the representation 'pixels' has no latents to encode"),
         (["encode", "folder:/nowhere"], "image folder /nowhere does not exist"),

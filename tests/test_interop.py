@@ -1015,6 +1015,14 @@ def test_quantised_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> No
         load(folder, recipe=recipe())
 
 
+def test_a_counter_in_a_state_dict_is_called_one(tmp_path: Path) -> None:
+    torch.save(tensors_of(run_of(made(recipe()), tmp_path / "run")) | {"step": torch.tensor(5)}, tmp_path / "dit.pt")
+    with pytest.raises(
+        MezzotintError, match=r"^step in .* has dtype torch\.int64, .*; a counter is no weight, leave it"
+    ):
+        load(tmp_path / "dit.pt", recipe=recipe())
+
+
 @pytest.mark.parametrize("key", ["class_names", "prompts"])
 @pytest.mark.parametrize("value", ["cat, dog", '"cat"', '{"cat": 0}', "[1, 2]", "null", "[" * 200_000])
 def test_a_header_that_lists_no_names(key: str, value: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from mezzotint.evaluation.classifier import ClassifierNetwork
 from mezzotint.evaluation.denoising import compare_noise, denoise, network_image
 from mezzotint.pipeline import Pipeline, build
 from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.representations.tokenizer import INFO
 from mezzotint.samplers import example_generators, randn
 from mezzotint.studies import perceptual
 from mezzotint.studies.ldae import (
@@ -33,6 +34,8 @@ from mezzotint.studies.ldae import (
     SCALES,
     TRAJECTORY,
     Cell,
+    _tokenizer_folder,
+    _with_tokenizer,
     accuracy_of,
     choose_cells,
     estimate,
@@ -74,6 +77,19 @@ def differences(one: Recipe, other: Recipe) -> set[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the cells
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"psnr": 20.0}', '{"psnr": [], "explained_variance": 1}', "\0\xff"])
+def test_a_tokenizer_whose_figures_are_damaged_is_one_sentence(text: str, tmp_path: Path) -> None:
+    job = next(job for job in jobs_of("digits", tmp_path, seeds=[0]) if job.cell.recipe == PCA)
+    folder = _tokenizer_folder(job)
+    folder.mkdir(parents=True)
+    (folder / INFO).write_text("{}")
+    (folder / "metrics.json").write_text(text, encoding="latin-1")
+    with pytest.raises(MezzotintError, match=r"metrics\.json is damaged; remove .* fits anew"):
+        _with_tokenizer(job, "cpu")
+    (folder / "metrics.json").write_text('{"psnr": 20.0, "explained_variance": 0.5}')
+    assert _with_tokenizer(job, "cpu")[1] == {"psnr": 20.0, "explained_variance": 0.5}
 
 
 @pytest.mark.parametrize("data", SCALES)

@@ -210,9 +210,9 @@ def check_dtype(name: str, tensor: Tensor, source: str, wanted: torch.dtype = to
     """Raise `MezzotintError` unless a file's tensor is of the `wanted` dtype, or both are floats of any width."""
     if tensor.dtype != wanted and not (wanted in FLOATS and tensor.dtype in FLOATS):
         expected = "floating point of 16 bits or more" if wanted in FLOATS else wanted
-        raise MezzotintError(
-            f"{name} in {source} has dtype {tensor.dtype}, expected {expected}; quantised weights are not supported"
-        )
+        counts = tensor.dtype in (torch.int16, torch.int32, torch.int64)
+        hint = "a counter is no weight, leave it out of the file" if counts else "quantised weights are not supported"
+        raise MezzotintError(f"{name} in {source} has dtype {tensor.dtype}, expected {expected}; {hint}")
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 from rich.logging import RichHandler
 
@@ -31,25 +32,17 @@ from mezzotint.cli.app import app
 from mezzotint.errors import MezzotintError, shortened
 from mezzotint.progress import console, print_anything
 
-# In the order of --help.
-for command in (
-    train.train,
-    fit_tokenizer.fit_tokenizer,
-    sample.sample,
-    evaluate.evaluate,
-    sweep.sweep,
-    probe.probe,
-    denoise.denoise,
-    study.study,
-    finetune.finetune,
-    train_mae.train_mae,
-    encode.encode,
-    convert.convert,
-    export_vit.export_vit,
-    cost.cost,
-    recipes.recipes,
-):
-    app.command(command.__name__.replace("_", "-"))(command)
+#: in the order and under the titles of --help
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Train": (train.train, fit_tokenizer.fit_tokenizer, finetune.finetune, train_mae.train_mae),
+    "Sample and score": (sample.sample, evaluate.evaluate, sweep.sweep, study.study),
+    "Look inside": (probe.probe, denoise.denoise, cost.cost),
+    "Weights and files": (encode.encode, convert.convert, export_vit.export_vit),
+    "About": (recipes.recipes,),
+}
+for title, commands in COMMANDS.items():
+    for command in commands:
+        app.command(command.__name__.replace("_", "-"), rich_help_panel=title)(command)
 
 
 def main() -> None:

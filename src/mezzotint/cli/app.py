@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -25,11 +26,28 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Train, sample and score diffusion models, in any combination of interpolant, target, backbone and sampler.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mezzotint {version('mezzotint')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version ('mezzotint env': more)."),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def stopped(context: typer.Context, *more: str) -> typer.Exit:

@@ -116,13 +116,19 @@ def convert(
 
     to: "run", a run folder; "diffusers", a folder that DiTPipeline.from_pretrained opens; "official", a .pt for the
     official code. vae: diffusers: folder or hub name of the autoencoder to copy in (None: the recipe's).
-    Raises `MezzotintError` as `read_checkpoint` does, where `out` is taken, and where a format cannot express a model.
+    Raises `MezzotintError` as `read_checkpoint` does, where `out` is taken or a file's name for a format that is a
+    folder, and where a format cannot express a model.
     """
     out = Path(out)
     if to not in get_args(Format):
         raise MezzotintError(f"format {to!r} is unknown; {closest(str(to), get_args(Format))}")
     if vae is not None and to != "diffusers":
         raise MezzotintError(f"vae means nothing for the format {to!r}; leave it out")
+    if to != "official" and out.suffix in (".safetensors", *official.SUFFIXES):
+        raise MezzotintError(
+            f"{out} names a file, and the format {to!r} is a folder; for the official code's file add --to official, "
+            "else name a folder"
+        )
     if out.is_file() or (out.is_dir() and any(out.iterdir())) or (out.is_dir() and to == "official"):
         raise MezzotintError(f"{out} exists already; choose another place, or remove it first")
     checkpoint = read_checkpoint(source, recipe, weights=weights)

@@ -428,9 +428,19 @@ def _with_tokenizer(job: Job, device: str) -> tuple[Recipe, dict[str, Any]]:
     folder, settings = _tokenizer_folder(job), job.recipe.representation
     if not (folder / INFO).is_file():
         fit_tokenizer(job.recipe, folder, device=device, quiet=True)
-    metrics = parse_json((folder / "metrics.json").read_text(encoding="utf-8"))
+    quality = _quality(folder)
     recipe = job.recipe.model_copy(update={"representation": settings.model_copy(update={"path": str(folder)})})
-    return recipe, {key: metrics[key] for key in ("psnr", "explained_variance")}
+    return recipe, quality
+
+
+def _quality(folder: Path) -> dict[str, float]:
+    """How well the tokenizer of `folder` reconstructs. Raises `MezzotintError` where its file does not say."""
+    file = folder / "metrics.json"
+    try:
+        metrics = parse_json(file.read_bytes())
+        return {key: float(metrics[key]) for key in ("psnr", "explained_variance")}
+    except (OSError, ValueError, TypeError, LookupError):
+        raise MezzotintError(f"{file} is damaged; remove {folder}, which the same command then fits anew") from None
 
 
 # ---- What it will take -----------------------------------------------------------------------------------------------
