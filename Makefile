@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench fuzz torture clean
+.PHONY: demo test lint bench fuzz torture faults clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ fuzz: .venv/installed
 
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/torture.py --kills $(or $(N),500) --seed $(or $(SEED),0)
+
+# Deliberate faults that the tests must notice: make faults ONLY=sampl JOBS=2
+faults: .venv/installed
+	$(BIN)/python tests/faults/run.py --only '$(ONLY)' --jobs $(or $(JOBS),1)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/dit.py
