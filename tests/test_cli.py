@@ -286,17 +286,16 @@ def test_tables_progress_and_log_lines_have_no_markup(monkeypatch: pytest.Monkey
 
     from rich.console import Console
     from rich.logging import RichHandler
-    from rich.table import Table
 
     from mezzotint import progress
+    from mezzotint.cli.tables import Table, print_table
 
     assert not progress.console._markup
     written = io.StringIO()
     shown = Console(file=written, force_terminal=True, width=200, markup=False, emoji=False, color_system=None)
     monkeypatch.setattr(progress, "console", shown)
-    table = Table("a[/b]", title="[/t]", caption=":smile:")
-    table.add_row("[bold]c")
-    shown.print(table)
+    monkeypatch.setattr("mezzotint.cli.tables.results", shown)
+    print_table(Table(["a[/b]"], [["[bold]c"]], title="[/t]", notes=[":smile:"]))
     handler = RichHandler(console=shown, show_path=False)
     handler.emit(logging.LogRecord("x", logging.WARNING, "", 0, "%s", ("d[/e]",), None))
     assert list(progress.track(range(2), "f[/g]", total=2)) == [0, 1]

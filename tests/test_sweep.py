@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import socket
@@ -16,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 import mezzotint
+from mezzotint.cli.sweep import sweep_table
 from mezzotint.data.transforms import to_uint8
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
 from mezzotint.evaluation.scores import figures
 from mezzotint.evaluation.sources import PipelineSource, image_source
-from mezzotint.evaluation.sweep import frechet_name, parse_axes, plot_sweep, sweep, sweep_pictures, sweep_table
+from mezzotint.evaluation.sweep import frechet_name, parse_axes, plot_sweep, sweep, sweep_pictures
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.recipe import Recipe, override_recipe
 from mezzotint.samplers import Sampler
@@ -331,11 +330,9 @@ def test_table_file_and_pictures(pipeline: mezzotint.Pipeline, tmp_path: Path) -
     for ours, theirs in zip(rows, read, strict=True):
         assert theirs == {name: str(ours.get(name, "")) for name in theirs}
     assert all("must be at least 2 for sde" in row["note"] for row in read[:4])
-    console = Console(width=200, file=io.StringIO())
-    console.print(sweep_table(rows, "digits"))
-    shown = console.file.getvalue()
-    assert "1: sampling.steps must be at least 2 for sde with this model" in shown
-    assert f"{rows[-1]['FD-classifier']:.0f}" in shown
+    table = sweep_table(rows)
+    assert "1: sampling.steps must be at least 2 for sde with this model" in table.notes[0]
+    assert f"{rows[-1]['FD-classifier']:.0f}" in table.rows[-1]
     pictures = sweep_pictures(tmp_path)
     assert [path.name for path in pictures] == ["sweep-FD-classifier.png", "sweep-FD-classifier-guidance.png"]
     for path in pictures:

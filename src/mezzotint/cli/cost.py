@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from mezzotint.cli.options import Device, Overrides, RecipeArgument
-from mezzotint.cli.tables import duration
-from mezzotint.progress import results
+from mezzotint.cli.options import Device, Json, Overrides, RecipeArgument
+from mezzotint.cli.tables import Table, duration, print_json, print_table
 
 
 def cost(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     samplers: Annotated[bool, typer.Option("--samplers", help="Also what an image costs by each sampler.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, without what is measured here.")] = False,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Count a recipe's parameters, multiply-adds (the papers' "Gflops") and memory, and the least time it takes here.
 
-    The least, as it is what the matrix products alone take at this machine's measured rate; the rest comes on top.
+    The least, as it is what the matrix products alone take at this machine's measured rate; the rest comes on top. It
+    is not measured for --json.
     """
     from dataclasses import asdict
 
@@ -42,18 +40,17 @@ def cost(
     if as_json:
         values = {"recipe": loaded.name, **asdict(counted), "training_gmacs": counted.training_gmacs}
         values |= {"activation_bytes_per_image": memory, "published": asdict(paper) if paper else None}
-        typer.echo(json.dumps(values | ({"evaluations": evaluations} if samplers else {})))
-        return
+        return print_json(values | ({"evaluations": evaluations} if samplers else {}))
     here = choose_device(device)
     rate = counting.matmul_rate(here, PRECISIONS[settings.precision])
     seconds = counted.training_gmacs * settings.batch_size * settings.steps / rate
-    table = Table("", loaded.name, *([] if paper is None else [paper.source, "difference"]))
+    rows: list[list[str]] = []
 
     def compared(name: str, ours: float, text: str, theirs: float | None = None, unit: str = "") -> None:
         extra = ["", ""]
         if theirs is not None:
             extra = [f"{theirs:,g}{unit}", f"{ours / theirs - 1:+.2%}"]
-        table.add_row(name, text, *(extra if paper else []))
+        rows.append([name, text, *(extra if paper else [])])
 
     millions = counted.trainable_params / 1e6
     compared("parameters", 0, f"{counted.params:,}")
@@ -66,12 +63,12 @@ def cost(
     compared(f"activations, {settings.precision}", 0, activations)
     compared(f"matrix products here, {settings.precision}", 0, f"{rate:,.0f} GMAC/s ({here})")
     compared(f"{settings.steps:,} steps of {settings.batch_size} at that rate", 0, f"at least {duration(seconds)}")
-    results.print(table)
+    print_table(Table(["recipe", loaded.name, *([] if paper is None else [paper.source, "difference"])], rows))
     if samplers:
-        table = Table(f"{loaded.sampling.steps} steps by", "network evaluations", "GMACs", "guided")
-        for name, number in evaluations.items():
-            costs = ["the solver decides", "", ""]
-            if number is not None:
-                costs = [str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
-            table.add_row(name, *costs)
-        results.print(table)
+        rows = [
+            [name, "the solver decides", "", ""]
+            if number is None
+            else [name, str(number), f"{number * counted.gmacs:,.0f}", f"{2 * number * counted.gmacs:,.0f}"]
+            for name, number in evaluations.items()
+        ]
+        print_table(Table([f"{loaded.sampling.steps} steps by", "network evaluations", "GMACs", "guided"], rows))

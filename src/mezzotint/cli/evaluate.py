@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mezzotint.cli.models import WITH_DATA, is_recipe, open_model, run_folder
-from mezzotint.cli.options import BatchSize, Compiled, Device, Precision, Seed, Weights, complete_recipe
-from mezzotint.cli.tables import print_scores
+from mezzotint.cli.options import BatchSize, Compiled, Device, Json, Precision, Seed, Weights, complete_recipe
+from mezzotint.cli.tables import json_text, print_json, print_scores
 from mezzotint.errors import MezzotintError
 from mezzotint.progress import console
 
@@ -77,6 +76,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="The JSON file to write; default: scores.json in the run folder, else here.")
     ] = None,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Score a model, or images, against real ones: Fréchet and kernel distances, precision and recall, and more.
@@ -126,7 +126,7 @@ def evaluate(
         )
         if not here.is_main:
             return
-    print_scores(scores)
+    (print_json if as_json else print_scores)(scores)
     out = out or (run_folder(model) or Path()) / "scores.json"
-    write_text(out, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    write_text(out, json_text(scores))
     console.print(f"wrote {out}", soft_wrap=True)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.models import WITH_DATA, open_model, own_section, recipe_of
-from mezzotint.cli.options import Device, ModelArgument, Weights
+from mezzotint.cli.options import Device, Json, ModelArgument, Weights
+from mezzotint.cli.tables import print_json
 from mezzotint.progress import console, results
 
 
@@ -33,6 +34,7 @@ def finetune(
     seed: Annotated[int | None, typer.Option(help="finetune.seed; default: 0.")] = None,
     weights: Weights = "model",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("classifier"),
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Fine-tune the first layers of a network, end to end, as a classifier of images, by MAE's recipe.
@@ -55,6 +57,8 @@ def finetune(
     except KeyboardInterrupt:
         console.print(f"stopped; {out} was not written")
         raise typer.Exit(130) from None
+    if as_json:
+        return print_json({**metrics, "folder": str(out)})
     start = "fresh weights" if random else "fine-tuned"
     results.print(
         f"{metrics['model']}, first {metrics['layers']} layers, {start}: top-1 {metrics['top1']:.2%} of "

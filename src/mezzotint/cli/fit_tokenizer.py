@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.models import typed_code
-from mezzotint.cli.options import Device, Overrides, RecipeArgument, TrustCode
+from mezzotint.cli.options import Device, Json, Overrides, RecipeArgument, TrustCode
+from mezzotint.cli.tables import print_json
 from mezzotint.progress import console, results
 
 
@@ -17,6 +18,7 @@ def fit_tokenizer(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The folder to write, for representation.path=OUT.")] = Path("tokenizer"),
     trust_code: TrustCode = False,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Fit a recipe's tokenizer (representation=patch-pca, patch-ae, patch-vae or conv-vae) to its training images.
@@ -32,6 +34,8 @@ def fit_tokenizer(
     except KeyboardInterrupt:
         console.print(f"stopped; {out} was not written")
         raise typer.Exit(130) from None
+    if as_json:
+        return print_json({**metrics, "folder": str(out)})
     which = "held-out" if metrics["split"] == "test" else "training (there is no test split)"
     results.print(
         f"{metrics['images']:,} {which} images: reconstruction MSE {metrics['mse']:.3g}, "

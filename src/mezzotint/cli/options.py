@@ -70,4 +70,8 @@ TrustCode = Annotated[
         help="Import the module:function that a recipe names, and resume what another user wrote; see SECURITY.md.",
     ),
 ]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the figures as one JSON document, not rounded, and nothing else."),
+]
 Compiled = Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slower start, then faster.")]

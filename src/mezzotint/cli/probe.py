@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mezzotint.cli.models import WITH_DATA, open_model, recipe_of, run_folder
-from mezzotint.cli.options import BatchSize, DataOverrides, Device, ModelArgument, Precision, Weights, seed_option
+from mezzotint.cli.options import BatchSize, DataOverrides, Device, Json, ModelArgument, Precision, Weights, seed_option
+from mezzotint.cli.tables import Table, json_text, print_json, print_table
 from mezzotint.errors import MezzotintError
 from mezzotint.progress import console, results
 
@@ -55,6 +56,7 @@ def probe(
         Path | None, typer.Option(help="The JSON to write; default: probe.json in the run folder, else here.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Also a PNG of accuracy over layer and t (matplotlib).")] = None,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """How well classes can be read off a network's features: of which layer, at which t, from clean or noised images.
@@ -63,7 +65,7 @@ def probe(
     """
     from mezzotint.evaluation.features import feature_network
     from mezzotint.evaluation.mae import open_mae
-    from mezzotint.evaluation.probing import plot_probe, probe_tables
+    from mezzotint.evaluation.probing import plot_probe
     from mezzotint.evaluation.probing import probe as run_probe
     from mezzotint.evaluation.sweep import figure_class
     from mezzotint.files import write_text
@@ -108,15 +110,35 @@ def probe(
     )
     if random:
         result["model"] += ", fresh weights"
-    fitted = f"{result['train_images']:,} images of {result['data']} to fit, {result['test_images']:,} to score"
-    results.print(f"{result['model']}, {result['input']} images; {fitted}", soft_wrap=True)
-    for table in probe_tables(result):
-        results.print(table)
+    if as_json:
+        print_json(result)
+    else:
+        fitted = f"{result['train_images']:,} images of {result['data']} to fit, {result['test_images']:,} to score"
+        results.print(f"{result['model']}, {result['input']} images; {fitted}", soft_wrap=True)
+        for table in probe_tables(result):
+            print_table(table)
     out = out or (run_folder(model) or Path()) / "probe.json"
-    write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_text(out, json_text(result))
     written = [out]
     if figure is not None:
         plot_probe(result, figure)
         written.append(figure)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
+
+
+def probe_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """What a probe found, a table for each probe: a row for each layer, a column for each time."""
+    from mezzotint.evaluation.probing import grids
+
+    for kind, layers, times, rows in grids(result):
+        five = any("top5" in row for row in rows.values())
+
+        def cell(row: Mapping[str, Any], five: bool = five) -> str:
+            return f"{row['top1']:.1%}" + (f" ({row['top5']:.1%})" if five else "")
+
+        yield Table(
+            ["layer", *("top-1" if t is None else f"t = {t:g}" for t in times)],
+            [[layer, *(cell(rows[layer, t]) for t in times)] for layer in layers],
+            title=f"{kind}, top-1{' (top-5)' if five else ''}",
+        )

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mezzotint.cli.app import stopped
-from mezzotint.cli.options import Device
-from mezzotint.cli.tables import duration
+from mezzotint.cli.options import Device, Json
+from mezzotint.cli.tables import Table, duration, print_json, print_table
 from mezzotint.errors import MezzotintError
-from mezzotint.progress import console, results
+from mezzotint.progress import console
 
 
 def study(
@@ -30,6 +29,7 @@ def study(
     plan: Annotated[bool, typer.Option("--plan", help="Only measure what each cell would take, and print it.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Seeds to work on at a time, each in a process.")] = 2,
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: runs/study-<study>-<data>.")] = None,
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Train and probe all that a paper compares, at a scale for two CPU cores, and print its table beside the paper's.
@@ -52,18 +52,22 @@ def study(
     options: dict[str, Any] = {"seeds": numbers, "cells": chosen, "overrides": overrides or []}
     if plan:
         found = estimate([job for job in jobs_of(data, out, **options) if finished(job) is None], device=device)
-        table = Table("cell", "tokenizer", "training", "probes", title="seconds, estimated from a few steps")
-        for cell, parts in found.items():
-            table.add_row(cell, *(f"{seconds:.1f}" for seconds in parts.values()))
-        results.print(table)
-        results.print(f"in all {duration(sum(sum(parts.values()) for parts in found.values()))}, in one process")
+        seconds = sum(sum(parts.values()) for parts in found.values())
+        if as_json:
+            return print_json({"cells": found, "seconds": seconds})
+        rows = [[cell, *(f"{part:.1f}" for part in parts.values())] for cell, parts in found.items()]
+        title, notes = "seconds, estimated from a few steps", [f"in all {duration(seconds)}, in one process"]
+        print_table(Table(["cell", "tokenizer", "training", "probes"], rows, title=title, notes=notes))
         return
     figure_class("the pictures of a study")
     try:
-        rows = run_study(data, out, device=device, processes=processes, progress=True, **options)
+        cells_done = run_study(data, out, device=device, processes=processes, progress=True, **options)
     except KeyboardInterrupt:
         raise stopped(context) from None
-    written = write_report(rows, out, data)
-    typer.echo(written[0].read_text(encoding="utf-8"))
+    written = write_report(cells_done, out, data)
+    if as_json:
+        print_json({"cells": cells_done, "files": [str(path) for path in written]})
+    else:
+        typer.echo(written[0].read_text(encoding="utf-8"))
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.models import own_section
-from mezzotint.cli.options import Device, RecipeArgument
+from mezzotint.cli.options import Device, Json, RecipeArgument
+from mezzotint.cli.tables import print_json
 from mezzotint.progress import console, results
 
 
@@ -21,6 +22,7 @@ def train_mae(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write, for --features mae:OUT.")] = Path("mae"),
+    as_json: Json = False,
     device: Device = "auto",
 ) -> None:
     """Train a masked autoencoder on a recipe's images, with its patches, width, steps and batch size: a baseline.
@@ -38,5 +40,7 @@ def train_mae(
     except KeyboardInterrupt:
         console.print(f"stopped; {out} was not written")
         raise typer.Exit(130) from None
+    if as_json:
+        return print_json({**metrics, "folder": str(out)})
     results.print(f"loss {metrics['first_loss']:.3f} at first, {metrics['last_loss']:.3f} at last", soft_wrap=True)
     results.print(str(out), soft_wrap=True)

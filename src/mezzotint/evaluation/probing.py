@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from mezzotint.data.loader import BatchOrder, dataset_batches
@@ -346,7 +345,7 @@ def _augmented_probes(
 # ---- What comes out --------------------------------------------------------------------------------------------------
 
 
-def _grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[float | None], dict[Any, dict[str, Any]]]]:
+def grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[float | None], dict[Any, dict[str, Any]]]]:
     """Of each probe: its name, the layers, the times, and the rows by (layer, t)."""
     rows = result["rows"]
     for kind in dict.fromkeys(row["probe"] for row in rows):
@@ -354,33 +353,16 @@ def _grids(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[flo
         yield kind, list(dict.fromkeys(layer for layer, _ in own)), list(dict.fromkeys(t for _, t in own)), own
 
 
-def probe_tables(result: Mapping[str, Any]) -> list[Table]:
-    """What `probe` returned, a table for each probe: a row for each layer, a column for each time."""
-    tables = []
-    for kind, layers, times, rows in _grids(result):
-        five = any("top5" in row for row in rows.values())
-        table = Table(
-            "layer",
-            *("top-1" if t is None else f"t = {t:g}" for t in times),
-            title=f"{kind}, top-1{' (top-5)' if five else ''}",
-        )
-        for layer in layers:
-            cells = (rows[layer, t] for t in times)
-            table.add_row(layer, *(f"{row['top1']:.1%}" + (f" ({row['top5']:.1%})" if five else "") for row in cells))
-        tables.append(table)
-    return tables
-
-
 def plot_probe(result: Mapping[str, Any], path: str | Path) -> None:
     """Write a PNG of what `probe` returned: for each probe the top-1 accuracy over (layer, t).
 
     Raises `MezzotintError` without matplotlib.
     """
-    grids = list(_grids(result))
-    _, layers, times, _ = grids[0]
-    size = (max(3.2, 1.4 + 0.75 * len(times)) * len(grids), max(2.6, 1.6 + 0.32 * len(layers)))
+    found = list(grids(result))
+    _, layers, times, _ = found[0]
+    size = (max(3.2, 1.4 + 0.75 * len(times)) * len(found), max(2.6, 1.6 + 0.32 * len(layers)))
     picture = figure_class("the heat-map of a probe")(figsize=size, layout="constrained", dpi=120)
-    for axes, (kind, _, _, rows) in zip(picture.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
+    for axes, (kind, _, _, rows) in zip(picture.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         values = [[100 * rows[layer, t]["top1"] for t in times] for layer in layers]
         shown = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis")
         low, high = shown.get_clim()

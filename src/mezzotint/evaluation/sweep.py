@@ -24,8 +24,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from mezzotint.errors import MezzotintError, closest
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
@@ -359,25 +357,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """The rows of `sweep` for a terminal: the chief figures, and the notes below by number."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    axes = [name for name in names if name in SHORT or name.startswith(("sampling.", "guidance."))]
-    chief = ("sFID", "precision", "recall", "class agreement")
-    kept = [frechet_name(names), *(name for name in names if name in chief or name.startswith("Inception score"))]
-    shown = ["evaluations", "network passes", *(name for name in kept if name and ", std" not in name)]
-    notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
-    caption = "\n".join(f"{number}: {note}" for number, note in enumerate(notes, 1))
-    table = Table(title=title or None, caption=caption or None, caption_justify="left")
-    for name in [*axes, *shown, "seconds per image", *(["note"] if notes else [])]:
-        table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=name == "sampler")
-    for row in rows:
-        cells = [_text(row.get(name)) for name in [*axes, *shown, "seconds per image"]]
-        table.add_row(*cells, *([str(notes.index(row["note"]) + 1) if row["note"] else ""] if notes else []))
-    return table
-
-
-def _text(value: object) -> str:
+def value_text(value: object) -> str:
+    """A figure, or a value of an axis, to be read."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return "" if value is None else str(list(value) if isinstance(value, tuple) else value)
@@ -466,7 +447,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> Lines:
     further = [name for name in further if len({str(row[name]) for row in rows}) > 1]
     lines: Lines = {}
     for row in rows:
-        label = ", ".join([row["sampler"], *(f"{name.partition('.')[2]} {_text(row[name])}" for name in further)])
+        label = ", ".join([row["sampler"], *(f"{name.partition('.')[2]} {value_text(row[name])}" for name in further)])
         lines.setdefault(label, []).append(row)
     return lines
 
