@@ -90,7 +90,7 @@ def test_a_decoding_process_that_is_killed(command: Command, tmp_path: Path, mon
     result = command("train", "digits", *TINY, *data, "--out", tmp_path / "run", "--device", "cpu")
     assert result.code == 2
     assert "error: a process that decodes images ended (DataLoader worker" in result.err, result.err
-    assert result.err.endswith("lower data.workers, and go on from the last checkpoint by --resume.")
+    assert result.err.endswith("lower data.workers, and go on from the last checkpoint by 'mezzotint resume'.")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,16 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, Command
+from conftest import SHORT, Command, Result
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mezzotint
 from mezzotint import files
+from mezzotint.cli.app import program
 from mezzotint.errors import MezzotintError
 from mezzotint.locks import claimed, locked
-from mezzotint.recipe import Recipe, load_recipe, override_recipe
+from mezzotint.recipe import DataSettings, Recipe, load_recipe, override_recipe
 from mezzotint.training import loop
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
@@ -67,6 +69,12 @@ def go_on(run: Path, photos: Path, *overrides: str, **options: Any) -> dict[str,
 def class_names(run: Path) -> list[str]:
     with safe_open(run / "model.safetensors", "pt") as file:
         return json.loads(file.metadata()["class_names"])
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -225,6 +233,181 @@ def test_other_averages_are_what_they_should_be_whichever_checkpoint_they_come_f
     assert any(not torch.allclose(second[name], own[name], atol=1e-2) for name in own)
 
 
+# ---------------------------------------------------------------------------------------------------------- longer
+
+LEVELS = (
+    "data.size=16", "training.stages=[{levels: 1, steps: 2}]",
+    "backbone={name: dit, patch_size: 2, width: 16, depth: 1, heads: 2, "
+    "outer: [{channels: [4, 4], resblocks: [1, 1], groups: 1}]}",
+)  # fmt: skip
+
+
+def logged(run: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.ema=[0.9,0.5]", "training.ema_warmup=true", "training.accumulate=2"),
+        ("training.warmup_steps=6", "training.sample_every=3", "data.test_fraction=0.3", "training.validate_every=3"),
+        LEVELS,
+    ],
+    ids=["averages", "warm-up", "stages"],
+)
+def test_a_run_that_is_trained_longer_is_one_that_had_all_the_steps(
+    photos: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    mezzotint.train(recipe_of(photos, "training.steps=8", *overrides), whole, quiet=True)
+    mezzotint.train(recipe_of(photos, *overrides), run, quiet=True)
+    mezzotint.resume(run, steps=6, quiet=True)
+    assert mezzotint.load_recipe(run).training.steps == 6
+    mezzotint.resume(run, ["training.steps=8"], quiet=True)
+    assert_same_weights(whole, run)
+    assert logged(run, "loss/train") == logged(whole, "loss/train")
+    assert logged(run, "lr") == logged(whole, "lr")
+    assert (run / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+    changes = json.loads((run / "record.json").read_text())["changes"]
+    assert [(one["step"], one["recipe"]) for one in changes] == [
+        (4, {"training.steps": [4, 6]}),
+        (6, {"training.steps": [6, 8]}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        # lr·(1 + cos(π·step / 8)) / 2 and lr·(1 − step / 8), of the steps that follow 4, 5, 6 and 7 finished ones
+        ("cosine", [0.5, 0.3086583, 0.1464466, 0.0380602]),
+        ("linear", [0.5, 0.375, 0.25, 0.125]),
+    ],
+)
+def test_a_decay_that_had_ended_goes_on_as_the_one_over_all_the_steps(
+    photos: Path, run: Path, command: Command, caplog: pytest.LogCaptureFixture, schedule: str, rates: list[float]
+) -> None:
+    words = (f"training.lr_schedule={schedule}", "training.lr=1e-4", "training.log_every=1")
+    run = run.with_name("decayed")
+    mezzotint.train(recipe_of(photos, *words), run, quiet=True)
+    told = command("resume", run, "--steps", 8, "--device", "cpu")
+    assert told.code == 0, told.err
+    assert caplog.messages == [
+        f"the {schedule} decay had taken the learning rate to 0 at step 4; over 8 steps it goes on at 5.0e-05"
+    ]
+    assert f"resuming {run} at step 4 of 8" in told.err
+    assert [rate / 1e-4 for rate in logged(run, "lr").values()][4:] == pytest.approx(rates, abs=1e-6)
+    assert list(logged(run, "lr")) == [*range(1, 9)]
+    assert load_recipe(run).training.steps == 8
+
+
+def test_an_unfinished_decay_ends_elsewhere_with_override_alone(
+    photos: Path, run: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run.with_name("decaying")
+    recipe = recipe_of(photos, "training.lr_schedule=linear", "training.lr=1e-4", "training.log_every=1")
+    mezzotint.train(recipe, run, quiet=True)
+    shutil.rmtree(run / "state" / "step-00000004")  # killed after two steps
+    before = contents(run)
+    refused = command("resume", run, "--steps", 8)
+    assert refused.code == 2
+    assert (
+        "has made 2 of 4 steps, and its linear decay goes by their number: over 8 the learning rate goes on at 7.5e-05 "
+        "instead of 5.0e-05; add --override" in refused.err
+    )
+    assert contents(run) == before
+    mezzotint.resume(run, steps=8, override=True, quiet=True)
+    assert "the linear decay ends at step 8 instead of 4: the learning rate goes on at 7.5e-05 instead of 5.0e-05" in (
+        caplog.text
+    )
+    assert logged(run, "lr")[3] == pytest.approx(7.5e-5)
+
+
+def test_a_finished_run_says_so_and_fewer_steps_are_refused(run: Path, photos: Path, command: Command) -> None:
+    before = contents(run / "state") | {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    done = command("resume", run)
+    assert done.code == 0
+    assert f"{run} is finished: it has made its 4 steps; to train it longer: mezzotint resume {run} --steps 8" in (
+        done.err
+    )
+    assert "resuming" not in done.err
+    for words in (["resume", run, "--steps", 3], ["resume", run, "training.steps=3"]):
+        fewer = command(*words)
+        assert (fewer.code, "has made 4 steps already, and training.steps=3 is fewer" in fewer.err) == (2, True)
+    with pytest.raises(MezzotintError, match="has made 4 steps already"):
+        mezzotint.train(recipe_of(photos, "training.steps=3"), run, resume=True, quiet=True)
+    assert contents(run / "state") | {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+
+
+def test_more_steps_are_the_last_stage_s(
+    photos: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its linear decay, over 2 steps, ended at step 4; over 4 it is at half its rate there."""
+    run = tmp_path / "staged"
+    words = ("training.lr_schedule=linear", "training.lr=1e-4", "training.log_every=1")
+    mezzotint.train(recipe_of(photos, *LEVELS, *words), run, quiet=True)
+    assert command("resume", run, "--steps", 6).code == 0
+    assert "to 0 at step 4; over 6 steps it goes on at 5.0e-05" in caplog.text
+    assert [rate / 1e-4 for rate in logged(run, "lr").values()] == pytest.approx([1, 0.5, 1, 0.5, 0.5, 0.25])
+    assert "training.stages take 2 steps" in command("resume", run, "--steps", 2).err
+
+
+def test_tensorboard_keeps_every_step_of_a_run_that_goes_on(run: Path, photos: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    mezzotint.resume(run, quiet=True)  # which is finished
+    mezzotint.resume(run, steps=8, quiet=True)
+    events = EventAccumulator(str(run / "logs")).Reload()
+    assert [point.step for point in events.Scalars("loss/train")] == [2, 4, 6, 8]
+    assert [point.value for point in events.Scalars("loss/train")] == pytest.approx(
+        list(logged(run, "loss/train").values())
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- which run it is
+
+
+def test_train_resume_of_a_run_folder_means_that_run(
+    photos: Path, run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began a run of the recipe's name anew."""
+    monkeypatch.chdir(run.parent)
+    again = command("train", "run", "training.steps=6", "--resume")
+    assert (again.code, "resuming run at step 4 of 6" in again.err) == (0, True), again.err
+    assert not Path("runs").exists()
+    mezzotint.train(recipe_of(photos, "training.steps=6"), "whole", quiet=True)
+    assert_same_weights(Path("whole"), run)
+
+
+def test_train_of_a_run_folder_begins_another_and_says_where(
+    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    before = contents(run)
+    fresh = command("train", "run", "seed=1")
+    assert (fresh.code, "a new run by the recipe of run, written to runs/digits" in fresh.err) == (0, True), fresh.err
+    assert load_recipe("runs/digits").seed == 1
+    for words, refused in (
+        (["train", "run", "--out", "run"], "error: run already holds a run; go on with it by mezzotint resume run, or"),
+        (["train", "runs/digits"], "error: runs/digits already holds a run; go on with it by mezzotint resume runs/d"),
+    ):
+        result = command(*words)
+        assert (result.code, result.err.startswith(refused)) == (2, True), result.err
+    assert contents(run) == before
+
+
+def test_what_is_no_run_is_not_resumed(tmp_path: Path, command: Command) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "recipe.yaml").write_text("extends: digits\n")
+    for place, problem in ((own, "there is no run at"), (tmp_path / "nowhere", "there is no folder at")):
+        result = command("resume", place)
+        assert result.code == 2
+        assert result.err.startswith(f"error: {problem} {place}; expected one that 'mezzotint train' wrote"), result.err
+    assert (own / "recipe.yaml").read_text() == "extends: digits\n"
+    assert list(tmp_path.iterdir()) == [own]
+
+
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -305,9 +488,7 @@ def test_two_starts_into_one_folder_never_mix(photos: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
-def test_the_hint_after_ctrl_c_is_the_command_that_goes_on(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_the_hint_after_ctrl_c_is_the_command_that_goes_on(photos: Path, tmp_path: Path, command: Command) -> None:
     spaced = photos.rename(tmp_path / "my photos [1]")
     advance = loop.Log.advance
 
@@ -316,18 +497,59 @@ def test_the_hint_after_ctrl_c_is_the_command_that_goes_on(
         if step == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop.Log, "advance", interrupted)
-    words = ["train", "digits", *TINY, "data.name=folder", f"data.path={spaced}", "--out", str(tmp_path / "a run")]
-    stopped = command(*words)
-    assert stopped.code == 130
-    hint = stopped.err.partition("continue with: ")[2]
-    assert f"'data.path={spaced}'" in hint
-    monkeypatch.setattr(loop.Log, "advance", advance)
-    again = shlex.split(hint)
-    assert again[0] == "mezzotint"
-    assert sorted(again[1:]) == sorted([*words, "--resume"])
-    assert command(*again[1:]).code == 0
-    assert Checkpoints(tmp_path / "a run" / "state", ALONE, 2).steps()[-1] == 6
+    data = ["data.name=folder", f"data.path={spaced}"]
+    assert command("train", "digits", *TINY, *data, "--out", tmp_path / "whole").code == 0
+    run = tmp_path / "a run"
+    words = ["train", "digits", *TINY, *data, "--out", str(run), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataSettings, "load", stop_at_once)
+        assert pasted(command(*words)) == words, "there is no run yet, and the same command begins one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Log, "advance", interrupted)
+        resumed = pasted(command(*words))
+    assert resumed == ["resume", str(run), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataSettings, "load", stop_at_once)
+        longer = [*resumed, "--steps", "6"]
+        assert sorted(pasted(command(*longer))) == sorted(longer), "what was asked for has not been written down yet"
+    done = command(*resumed)
+    assert done.err.endswith(f"trained {run}; next: mezzotint sample '{run}'")
+    assert_same_weights(tmp_path / "whole", run)
+
+
+def stop_at_once(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def pasted(stopped: Result) -> list[str]:
+    """The words behind ``mezzotint`` of the command that a stopped one says."""
+    assert stopped.code == 130, stopped.err
+    first, *words = shlex.split(stopped.err.partition("stopped; continue with: ")[2])
+    assert first == "mezzotint"
+    return words
+
+
+def test_the_hint_starts_the_program_as_it_was_started(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.setattr(DataSettings, "load", stop_at_once)
+    words = ["train", "digits", f"data=folder:{photos}"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python = shlex.quote(sys.executable)
+    assert command(*words).err.endswith(
+        f": {python} -m torch.distributed.run --nproc-per-node 2 -m mezzotint {shlex.join(words)}"
+    )
+    (tmp_path / "torchrun").touch(mode=0o755)
+    assert command(*words).err.endswith(f": torchrun --nproc-per-node 2 -m mezzotint {shlex.join(words)}")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(sys, "argv", ["/venv/lib/mezzotint/__main__.py", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["/my venv/python", "-m", "mezzotint", *words])
+    assert program() == ["/my venv/python", "-m", "mezzotint"]
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/mezzotint", *words])
+    assert program() == ["/venv/bin/mezzotint"], "which is not on the PATH"
+    (tmp_path / "mezzotint").touch(mode=0o755)
+    assert program() == ["mezzotint"]
 
 
 @pytest.mark.parametrize("place", ["read", "written"])
@@ -347,7 +569,7 @@ def test_ctrl_c_while_a_checkpoint_is_read_or_written_leaves_the_state_safe(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, name, interrupted)
         stopped = command(*words, "training.steps=6")
-    assert (stopped.code, "stopped; continue with: mezzotint train digits" in stopped.err) == (130, True), stopped.err
+    assert sorted(pasted(stopped)) == sorted([*words, "training.steps=6"])
     assert contents(run / "state") == before
     assert command(*words, "training.steps=6").code == 0
 

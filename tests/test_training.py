@@ -320,7 +320,7 @@ def test_a_non_finite_loss_is_never_saved(tiny: Recipe, tmp_path: Path) -> None:
 
 def test_another_recipe_s_folder_is_left_alone(tiny: Recipe, whole: Path) -> None:
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with pytest.raises(MezzotintError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(MezzotintError, match="already holds a run; go on with it by mezzotint resume "):
         mezzotint.train(tiny, whole, quiet=True)
     with pytest.raises(MezzotintError, match=r"another recipe: backbone\.width \(16 there, 32 here\)"):
         mezzotint.train(override_recipe(tiny, ["backbone.width=32"]), whole, resume=True, quiet=True)
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny: Recipe, tmp_path: Pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(MezzotintError, match=r"cannot write .*step-00000004.*as they were.*--resume"):
+        with pytest.raises(MezzotintError, match=r"cannot write .*step-00000004.*as they were.*'mezzotint resume'"):
             mezzotint.train(tiny, run, resume=True, quiet=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

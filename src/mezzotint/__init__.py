@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mezzotint.recipe import recipe_names as recipe_names
     from mezzotint.samplers import Sampler as Sampler
     from mezzotint.samplers.likelihood import log_likelihood as log_likelihood
+    from mezzotint.training import resume as resume
     from mezzotint.training import train as train
 
 # Where each public name lives. Each is imported when first used: `mezzotint --help` and shell completion need not wait
@@ -60,6 +61,7 @@ _HOMES = {
     "pooled_features": "features",
     "probe": "evaluation.probing",
     "recipe_names": "recipe",
+    "resume": "training",
     "sample": "pipeline",
     "save_grid": "images",
     "train": "training",

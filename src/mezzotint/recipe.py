@@ -488,6 +488,20 @@ class TrainingSettings(Settings):
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints to keep."""
 
+    def lr_scale(self, step: int) -> float:
+        """The factor on the peak learning rate of the step that follows `step` finished ones of a single stage."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 1 - progress if self.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def lr_after(self, step: int) -> float:
+        """The learning rate of the step that follows `step` finished ones; after the last one, what a decay leaves."""
+        stage = [stage for stage in self.plan() if stage.first <= step][-1]
+        return stage.settings.lr * stage.settings.lr_scale(step - stage.first)
+
     def plan(self) -> list[StagePlan]:
         """The stages in turn, the last one that of all levels, each with settings of its own."""
         plan, first = [], 0

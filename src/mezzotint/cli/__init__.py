@@ -22,6 +22,7 @@ from mezzotint.cli import (
     fit_tokenizer,
     probe,
     recipes,
+    resume,
     sample,
     study,
     sweep,
@@ -34,7 +35,7 @@ from mezzotint.progress import console, print_anything
 
 #: in the order and under the titles of --help
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (train.train, fit_tokenizer.fit_tokenizer, finetune.finetune, train_mae.train_mae),
+    "Train": (train.train, resume.resume, fit_tokenizer.fit_tokenizer, finetune.finetune, train_mae.train_mae),
     "Sample and score": (sample.sample, evaluate.evaluate, sweep.sweep, study.study),
     "Look inside": (probe.probe, denoise.denoise, cost.cost),
     "Weights and files": (encode.encode, convert.convert, export_vit.export_vit),
@@ -67,7 +68,7 @@ def main() -> None:
         if "DataLoader worker" in str(error):  # torch raises it wherever this process is when one dies
             _fail(
                 f"a process that decodes images ended ({str(error).splitlines()[0]}), as the system ends one where "
-                "memory is short; lower data.workers, and go on from the last checkpoint by --resume."
+                "memory is short; lower data.workers, and go on from the last checkpoint by 'mezzotint resume'."
             )
         if (device := _full(error)) is None:
             raise

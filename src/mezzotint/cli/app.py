@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,20 +53,31 @@ def options(
     """What stands before a command."""
 
 
-def stopped(context: typer.Context, *more: str) -> typer.Exit:
-    """Say by which command the one that was interrupted goes on: itself, with the words `more`."""
+def stopped(context: typer.Context, command: str | None = None) -> typer.Exit:
+    """Say by which command the one that was interrupted goes on: `command`, or the very same."""
     from mezzotint.training.parallel import is_main_process
 
     if is_main_process():
-        console.print(f"stopped; continue with: {command_of(context, *more)}", soft_wrap=True)
+        console.print(f"stopped; continue with: {command or command_of(context)}", soft_wrap=True)
     return typer.Exit(130)
 
 
-def command_of(context: typer.Context, *more: str) -> str:
-    """The running command as it can be typed again, with the words `more` where it lacks them."""
-    words = ["mezzotint", str(context.info_name)]
-    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
-        words = ["torchrun", "--nproc-per-node", str(processes), "-m", "mezzotint", *words[1:]]
+def program(processes: int = 1) -> list[str]:
+    """The words that start this program again from where it was started, by torchrun where it is several processes."""
+    if processes > 1:
+        torchrun = ["torchrun"] if shutil.which("torchrun") else [sys.executable, "-m", "torch.distributed.run"]
+        return [*torchrun, "--nproc-per-node", str(processes), "-m", "mezzotint"]
+    if Path(sys.argv[0]).name == "__main__.py":  # python -m mezzotint
+        return [sys.orig_argv[0], "-m", "mezzotint"]
+    return ["mezzotint" if shutil.which("mezzotint") else sys.argv[0]]
+
+
+def command_of(context: typer.Context, *instead: str) -> str:
+    """The running command as it can be typed again; or, with the same program, the words `instead`."""
+    words = program(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if instead:
+        return shlex.join([*words, *instead])
+    words.append(str(context.info_name))
     for parameter in context.command.params:
         name = parameter.name or ""
         value, source = context.params.get(name), context.get_parameter_source(name)
@@ -77,4 +91,4 @@ def command_of(context: typer.Context, *more: str) -> str:
             else:
                 given = [word for one in given for word in (option, one)]
         words += given
-    return shlex.join([*words, *(word for word in more if word not in words)])
+    return shlex.join(words)

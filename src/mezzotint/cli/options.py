@@ -63,6 +63,14 @@ Weights = Annotated[
     str, typer.Option(help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.")
 ]
 Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
+DataChanged = Annotated[bool, typer.Option("--data-changed", help="Go on although the data set has changed.")]
+Override = Annotated[
+    bool,
+    typer.Option(
+        "--override",
+        help="Go on with another lr, grad_clip, precision, compile or ema of training, or another end of a decay.",
+    ),
+]
 TrustCode = Annotated[
     bool,
     typer.Option(

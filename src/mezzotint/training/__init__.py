@@ -1,5 +1,5 @@
 """Training: the loop, and what it needs around it."""
 
-from mezzotint.training.loop import train
+from mezzotint.training.loop import resume, train
 
-__all__ = ["train"]
+__all__ = ["resume", "train"]

@@ -112,7 +112,7 @@ class Checkpoints:
                 raise cause
             raise MezzotintError(
                 f"cannot write checkpoint {place}: {failure or 'another process failed'}; "
-                "the checkpoints before it are as they were. Free some space and continue with --resume"
+                "the checkpoints before it are as they were. Free some space and go on with 'mezzotint resume'"
             )
         if self.world.is_main:
             for old in self.steps()[: -self.keep]:

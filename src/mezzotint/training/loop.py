@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -39,14 +39,14 @@ from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings, resolve
+from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
 from mezzotint.representations import TOKENIZERS, Encoder, KLAutoencoder, PatchPCA, PyramidEncoder
 from mezzotint.representations.image_space import FullBasisEncoder
 from mezzotint.training.checkpoints import Checkpoints
 from mezzotint.training.ema import EMA
 from mezzotint.training.finetune import choose_trainable, merged, save_adapter, start_from, take_classes
 from mezzotint.training.parallel import World, locked_by, world
-from mezzotint.training.run_folder import TrainedOn, check_run, flat
+from mezzotint.training.run_folder import TrainedOn, check_is_run, check_run, flat, resume_command
 from mezzotint.training.tokenizers import check_latents, own_tokenizer
 from mezzotint.weightings import TimeDistribution, single_level, time_distribution, training_range, weighting
 
@@ -76,11 +76,12 @@ def train(
     copied or fitted first. With `resume`, training goes on from the newest whole checkpoint and ends with the very
     weights of an uninterrupted run. Started by torchrun, the global batch is shared by all processes. Ctrl-C or SIGTERM
     saves a checkpoint and raises `KeyboardInterrupt`. override: the resumed run may change training.lr, grad_clip,
-    precision, compile and ema; data_changed: and its data set. record.json says what it was trained on, and what was
-    changed at which step. trust_code: import the module:function that the recipe may name,
-    and resume states that another user wrote.
+    precision, compile and ema, and the end of a decay that it is in; data_changed: and its data set. record.json says
+    what it was trained on, and what was changed at which step. trust_code: import the module:function that the recipe
+    may name, and resume states that another user wrote.
 
-    Raises `MezzotintError` for a folder that holds another run, data that do not fit, a non-finite loss, a full disk.
+    Raises `MezzotintError` for a folder that holds another run, fewer steps than a resumed one has made, data that do
+    not fit, a non-finite loss, a full disk.
     """
     settings, run = recipe.training, Path(run)
     if not is_utf8(run):
@@ -110,6 +111,8 @@ def train(
         begun = check_run(run, recipe, data, here, resume=resume, override=override, data_changed=data_changed)
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints, trust_code=trust_code)
         step = (checkpoints.latest() or 0) if resume else 0
+        if (note := begun.check_length(settings, step, override=override)) and here.is_main:
+            logger.warning("%s", note)
         if resume and not step and here.is_main:
             logger.warning("%s has no whole checkpoint: training begins at its first step", run)
         pipeline = build(recipe, class_names=train_set.class_names, device=here.device)
@@ -175,7 +178,7 @@ def train(
             begun.write(recipe, step, autoencoder)
         log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
         if here.is_main and not quiet:
-            console.print(f"resuming {run} at step {step}, {trained}" if step else trained)
+            console.print(_beginning(run, step, settings.steps, trained), soft_wrap=True)
 
         def check(finished: int) -> list[float]:
             """The global losses of the pending steps up to `finished` as numbers; a non-finite one stops the run.
@@ -299,6 +302,37 @@ def train(
     return averaged
 
 
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    trust_code: bool = False,
+    override: bool = False,
+    data_changed: bool = False,
+) -> Pipeline:
+    """Go on with the run folder `run` by its own recipe, from its newest whole checkpoint, and return its pipeline.
+
+    overrides: ``key=value``, what a resumed run may change (docs/resuming.md). steps: training.steps, in all; with more
+    than before a finished run is trained longer, and a decay of its learning rate is the one over so many steps. The
+    others are as for `train`. Raises `MezzotintError` where `run` is no run folder, and as `train` does.
+    """
+    check_is_run(run)
+    recipe = load_recipe(run, [*overrides, *([] if steps is None else [f"training.steps={steps}"])])
+    return train(
+        recipe,
+        run,
+        resume=True,
+        device=device,
+        quiet=quiet,
+        trust_code=trust_code,
+        override=override,
+        data_changed=data_changed,
+    )
+
+
 def make_objective(
     recipe: Recipe,
     denoiser: Denoiser,
@@ -417,12 +451,7 @@ def start_states(optimizer: torch.optim.Optimizer) -> None:
 
 def set_lr(optimizer: torch.optim.Optimizer, settings: TrainingSettings, step: int) -> None:
     """Set the learning rate of the step that follows `step` finished ones."""
-    scale = 1.0
-    if step < settings.warmup_steps:
-        scale = (step + 1) / settings.warmup_steps
-    elif settings.lr_schedule != "constant":
-        progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-        scale = 1 - progress if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    scale = settings.lr_scale(step)
     for group in optimizer.param_groups:
         group["lr"] = group.get("initial_lr", settings.lr) * scale
 
@@ -493,7 +522,19 @@ def _diverged(what: str, value: float, step: int, examples: Tensor, checkpoints:
 def _way_on(checkpoints: Checkpoints) -> str:
     last = checkpoints.latest()
     good = f"the last good checkpoint is {checkpoints.path(last)}" if last else "there is no checkpoint yet"
-    return f"{good}. Lower training.lr or set training.grad_clip (with --resume --override)"
+    return (
+        f"{good}. Lower training.lr or set training.grad_clip ({resume_command(checkpoints.folder.parent)} KEY=VALUE "
+        "--override)"
+    )
+
+
+def _beginning(run: Path, step: int, steps: int, trained: str) -> str:
+    if not step:
+        return trained
+    if step < steps:
+        return f"resuming {run} at step {step:,} of {steps:,}, {trained}"
+    longer = f"{resume_command(run)} --steps {2 * steps}"
+    return f"{run} is finished: it has made its {step:,} steps; to train it longer: {longer}"
 
 
 @contextmanager
@@ -533,7 +574,7 @@ class Log:
 
             self.folder.mkdir(parents=True, exist_ok=True)
             self._forget_later_steps()
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step or None)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step + 1 if self.first_step else None)
             self.bar = progress_bar("loss", "speed")
             self.bar.disable = self.bar.disable or self.quiet
             self.bar.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mezzotint.data.base import same_content
 from mezzotint.errors import MezzotintError
 from mezzotint.files import is_temporary, parse_json, write_text
 from mezzotint.locks import LOCK
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.recipe import Recipe, TrainingSettings, load_recipe
 from mezzotint.representations import TOKENIZERS
 from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.settings import Settings
@@ -115,6 +116,8 @@ class Begun:
     change: Change | None
     notes: Sequence[str]
     """What a person should be told."""
+    before: TrainingSettings | None = None
+    """How it was trained so far; None: not at all."""
 
     def decays_at(self, step: int, decays: Sequence[float]) -> tuple[float, ...]:
         """Those of the averages in the state after `step` steps, where the recipe's are now `decays`."""
@@ -123,6 +126,39 @@ class Begun:
             if "training.ema" in change.recipe and (change is self.change or step <= change.step):
                 now = tuple(change.recipe["training.ema"][0])
         return now
+
+    def check_length(self, now: TrainingSettings, made: int, *, override: bool) -> str:
+        """What a person should be told where the run, with `made` steps behind it, is to have another number of them.
+
+        Raises `MezzotintError` for fewer than are made; and where the learning rates of steps that it was yet to make
+        would change, as a decay goes by their number, unless `override`. A decay that has ended is the one over the new
+        number, as if the run had had it from the start.
+        """
+        was = self.before
+        if now.steps < made and (was is None or was.steps != now.steps):
+            raise MezzotintError(
+                f"{self.run} has made {made:,} steps already, and training.steps={now.steps} is fewer; give more to "
+                f"train it longer, or none to take its own: {resume_command(self.run)}"
+            )
+        if was is None or was.steps == now.steps or now.lr_schedule == "constant" or not made:
+            return ""
+        decay, rate, planned = f"{now.lr_schedule} decay", now.lr_after(made), was.lr_after(min(made, was.steps))
+        if made >= was.steps:
+            left = f"{planned:.1e}" if planned else "0"
+            return (
+                f"the {decay} had taken the learning rate to {left} at step {made:,}; over {now.steps:,} steps it goes "
+                f"on at {rate:.1e}"
+            )
+        if not override:
+            raise MezzotintError(
+                f"{self.run} has made {made:,} of {was.steps:,} steps, and its {decay} goes by their number: over "
+                f"{now.steps:,} the learning rate goes on at {rate:.1e} instead of {planned:.1e}; add --override "
+                "(Python: override=True) to go on so, or leave training.steps out"
+            )
+        return (
+            f"the {decay} ends at step {now.steps:,} instead of {was.steps:,}: the learning rate goes on at {rate:.1e} "
+            f"instead of {planned:.1e}"
+        )
 
     def check_autoencoder(self, digest: str) -> None:
         """Raises `MezzotintError` unless the autoencoder is the one that the run was trained with."""
@@ -145,6 +181,29 @@ class Begun:
         # In this order: a folder with a recipe has a record.
         write_text(self.run / RECORD, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
         recipe.write(self.run)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a run was begun in `folder`: a recipe.yaml alone may be somebody's own."""
+    place = Path(folder)
+    others = (name for name in (*FOLDERS, *FILES) if name != RECIPE)
+    return (place / RECIPE).is_file() and any((place / name).exists() for name in others)
+
+
+def check_is_run(folder: str | Path) -> None:
+    """Raise `MezzotintError` unless `is_run`."""
+    if is_run(folder):
+        return
+    there = "there is no run" if Path(folder).is_dir() else "there is no folder"
+    raise MezzotintError(
+        f"{there} at {folder}; expected one that 'mezzotint train' wrote, such as runs/digits: begin one with "
+        "'mezzotint train RECIPE --out FOLDER'"
+    )
+
+
+def resume_command(run: Path) -> str:
+    """What is to be typed to go on with a run."""
+    return f"mezzotint resume {shlex.quote(str(run))}"
 
 
 def check_run(
@@ -179,7 +238,9 @@ def _agree(run: Path, recipe: Recipe, now: TrainedOn, resume: bool, override: bo
             raise MezzotintError(f"{run} is not empty and not a run folder; choose another --out")
         return Begun(run, Record(data=now), None, [])
     if not resume:
-        raise MezzotintError(f"{run} already holds a run; continue it with --resume, or choose another --out")
+        raise MezzotintError(
+            f"{run} already holds a run; go on with it by {resume_command(run)}, or choose another --out"
+        )
     record = _read(run)
     notes = []
     before = None
@@ -193,12 +254,11 @@ def _agree(run: Path, recipe: Recipe, now: TrainedOn, resume: bool, override: bo
             )
         notes.append(f"{run} goes on with other data: {what}")
         before = record.data
-    changed = _differences(load_recipe(run), recipe)
+    own = load_recipe(run)
+    changed = _differences(own, recipe)
     accepted = MAY_CHANGE | set(WITH_OVERRIDE if override else ()) | _elsewhere(run, recipe, changed, record, now)
     if data_changed:
         accepted |= {key for key in changed if key.startswith("data.") and key not in SHAPE}
-    if recipe.training.lr_schedule != "constant":
-        accepted.discard("training.steps")  # on which the schedule depends
     if refused := {key: values for key, values in changed.items() if key not in accepted}:
         raise _another(run, refused)
     if paths := [key for key in ("data.path", "representation.path", "condition.encoder", "init") if key in changed]:
@@ -207,7 +267,7 @@ def _agree(run: Path, recipe: Recipe, now: TrainedOn, resume: bool, override: bo
     changes = record.changes if record is not None else ()
     kept = now if record is None else now.model_copy(update={"autoencoder": now.autoencoder or record.data.autoencoder})
     change = Change(step=0, recipe=changed, data=before) if changed or before else None
-    return Begun(run, Record(data=kept, changes=changes), change, notes)
+    return Begun(run, Record(data=kept, changes=changes), change, notes, own.training)
 
 
 def _is_of_a_start(path: Path) -> bool:
@@ -251,13 +311,14 @@ def _another(run: Path, refused: dict[str, tuple[Any, Any]]) -> MezzotintError:
     if len(allowed) == len(refused):
         return MezzotintError(
             f"{run} was begun with other settings: {shown}{more}; add --override (Python: override=True) to go on with "
-            "the new ones, or use that run's recipe"
+            f"the new ones, or keep that run's own: {resume_command(run)}"
         )
     rest = f" (of these, --override would allow {', '.join(allowed)})" if allowed else ""
     if "data.path" in refused:
         rest += " (--data-changed would allow data.path)"
     return MezzotintError(
-        f"{run} belongs to another recipe: {shown}{more}{rest}; use that run's recipe, or choose another --out"
+        f"{run} belongs to another recipe: {shown}{more}{rest}; go on by its own ({resume_command(run)}), or choose "
+        "another --out"
     )
 
 
