@@ -94,14 +94,6 @@ def test_cost(mezzotint: Command) -> None:
     assert json.loads(mezzotint("cost", "digits", "backbone=dit-s-2", "--json").out)["params"] > 32e6
 
 
-def test_recipes(mezzotint: Command, tmp_path: Path) -> None:
-    assert "dit-xl-2-512" in mezzotint("recipes").out
-    (tmp_path / "copy.yaml").write_text(mezzotint("recipes", "digits", "seed=5").out)
-    from mezzotint import load_recipe
-
-    assert load_recipe(tmp_path / "copy.yaml").seed == 5
-
-
 def test_cost_of_the_samplers(mezzotint: Command) -> None:
     counted = json.loads(mezzotint("cost", "dit-xl-2-256", "--samplers", "--json").out)["evaluations"]
     assert (counted["ddpm"], counted["ode-heun"], counted["sde-heun"], counted["ode-dopri5"]) == (250, 499, 499, None)

@@ -113,8 +113,9 @@ class RepresentationSettings(Settings):
     """pixels; kl: the latents of a frozen KL autoencoder (needs the extra 'latent'); patch-pca, patch-ae, patch-vae,
     conv-vae: tokenizers that are fitted to the training images (conv-vae needs the extra 'latent')."""
     path: str | None = None
-    """Tokenizers: a folder that 'mezzotint fit-tokenizer' wrote; None: training fits one first. kl: folder (or a
-    pipeline's, with a sub-folder vae) or hub name of a diffusers AutoencoderKL, e.g. stabilityai/sd-vae-ft-ema."""
+    """All but pixels: a folder that 'mezzotint fit-tokenizer' wrote; for kl a folder (or a pipeline's, with a folder
+    vae in it) or hub name of a diffusers AutoencoderKL, e.g. stabilityai/sd-vae-ft-ema. None, of tokenizers: training
+    fits one first."""
     scale: float | None = None
     """kl: factor on the latents. None: the autoencoder's own (0.18215 for Stable Diffusion's)."""
     stride: int = Field(8, ge=1)
@@ -387,9 +388,9 @@ class ObjectiveSettings(Settings):
     condition_dropout: float = Field(0.1, ge=0, le=1)
     """Share of labels replaced by the null class, of captions by the empty one, for classifier-free guidance."""
     vlb_weight: float = Field(1.0, ge=0)
-    """Factor on the variational bound of a learned variance (1: DiT's)."""
+    """learned variance: factor on the variational bound (1: DiT's)."""
     residual_weight: float = Field(0.0, ge=0)
-    """Networks that give images, on patch-pca: factor on the squared error of the components that the latents leave
+    """Networks that give images: on patch-pca, factor on the squared error of the components that the latents leave
     out, 0.1 in l-DAE, whose network so predicts the original image. 0: only the latents count."""
     level_weights: tuple[float, ...] = ()
     """Matryoshka networks: factors on the levels' losses, smallest level first. Empty: 1 each."""
@@ -446,7 +447,7 @@ class TrainingSettings(Settings):
     steps: int = Field(1000, ge=1)
     """Optimizer steps, those of the stages included."""
     stages: tuple[Stage, ...] = ()
-    """Progressive training of a Matryoshka network: what comes before all levels are trained, e.g.
+    """Matryoshka networks: progressive training, what comes before all levels are trained, e.g.
     [{levels: 1, steps: 3000}], the low resolution alone. Empty: all levels from the start."""
     batch_size: int = Field(256, ge=1)
     """Global batch size: over all processes and micro-batches."""
@@ -461,7 +462,7 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay; state-space parameters (Δ, A, C, D) have none."""
     ssm_lr: LearningRate | None = None
-    """Peak learning rate of state-space parameters. None: that of all others."""
+    """diffussm: peak learning rate of state-space parameters. None: that of all others."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas."""
     grad_clip: float | None = Field(None, gt=0)
