@@ -50,6 +50,7 @@ def test_so_it_is_after_any_change(changes: tuple[str, ...], ascii_only: bool, t
     recipe = load_recipe("digits", changes)
     (tmp_path / "mine.yaml").write_text(described(recipe, ascii_only=ascii_only), encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml") == recipe
+    assert described(recipe, ascii_only=ascii_only).isascii() is ascii_only
 
 
 @pytest.mark.parametrize(("network", "name"), [("dit", "digits"), ("diffussm", "diffussm-digits"), ("unet", "mdm-64")])

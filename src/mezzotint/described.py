@@ -49,7 +49,8 @@ def described(recipe: Recipe, *, ascii_only: bool = False) -> str:
     Keys that mean nothing beside the recipe's words, and have their default, are left out. No line is longer than
     `WIDTH`, unless a value is.
     """
-    return "\n".join(_lines(recipe, recipe.model_dump(mode="json"), recipe, "", ascii_only)) + "\n"
+    text = "\n".join(_lines(recipe, recipe.model_dump(mode="json"), recipe, "", ascii_only)) + "\n"
+    return text.encode("ascii", "backslashreplace").decode() if ascii_only else text  # values are in ASCII already
 
 
 def has_meaning(recipe: Recipe, path: str) -> bool:
