@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,10 @@ from mezzotint.files import name_bytes
 
 T = TypeVar("T")
 logger = logging.getLogger("mezzotint")
+
+KEPT_BYTES = 2**28
+"""A set of pictures that needs no more than so many bytes once it is decoded stays in each process's memory: a
+photograph of a phone takes a hundred times as long to decode as a small network to train on."""
 
 
 class Example(NamedTuple):
@@ -169,6 +174,9 @@ class DecodedImages:
         self.texts = texts
         self.background = background
         self._unreadable = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()  # shared with the workers
+        self._kept: dict[int, tuple[Tensor, int]] | None = (
+            {} if len(pictures) * math.prod(image_shape) <= KEPT_BYTES else None
+        )
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -191,8 +199,13 @@ class DecodedImages:
         return next((i for i in _from(index, len(self)) if not self._unreadable[i]), index)
 
     def _decode(self, index: int) -> tuple[Tensor, int]:
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         picture, label = self.pictures.read(index)
-        return picture_to_tensor(picture, self.image_shape, self.background), label
+        decoded = picture_to_tensor(picture, self.image_shape, self.background), label
+        if self._kept is not None:
+            self._kept[index] = decoded
+        return decoded
 
     def report(self, index: int, error: Exception) -> None:
         """Counts image `index` as unreadable, for the reason `error`. Raises `MezzotintError` for too many."""
