@@ -56,7 +56,7 @@ def test_the_default_is_digits() -> None:
     [
         ("digit", {}, "data set 'digit' is unknown; closest: digits"),
         ("digits", {"pth": "x"}, "data set 'digits' takes no option 'pth'"),
-        ("folder", {"size": 8}, "data set 'folder' needs the option 'path'; set data.path"),
+        ("folder", {"size": 8}, "data set 'folder' needs the option 'path'; give one with data=folder:PATH"),
         ("digits", {"split": "dev"}, "split 'dev' is unknown; expected train or test or all"),
         ("digits", {"channels": 2}, "1 .grey. or 3 .RGB. channels, not 2"),
         ("digits", {"size": 0}, "at least 1 pixel, not 0"),

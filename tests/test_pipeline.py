@@ -129,6 +129,9 @@ def test_classes_by_number_and_name() -> None:
         parse_classes([12], 10)
     with pytest.raises(MezzotintError, match="class -1 is out of range"):
         parse_classes([-1], 10)
+    for names in ((), [*"abcdefghij"]):  # the number of the null class, which is asked for by its name
+        with pytest.raises(MezzotintError, match=r"class 10 is out of range; .* classes 0 to 9, and .null. for none"):
+            parse_classes([10], 10, names)
     with pytest.raises(MezzotintError, match="unconditional"):
         parse_classes([1], 0)
 
@@ -138,6 +141,7 @@ def test_classes_by_number_and_name() -> None:
     [
         ({"count": 0}, "count must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"classes": [10]}, "class 10 is out of range"),
         ({"steps": 0}, "steps = 0 is not valid"),
         ({"stepz": 3}, "key 'stepz' is unknown; closest: steps"),
         ({"sampler": "ddpm2"}, "sampler 'ddpm2' is unknown"),

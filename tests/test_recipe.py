@@ -22,6 +22,7 @@ def test_every_published_configuration_has_a_recipe() -> None:
     diffussm += ["diffussm-xl-256-p2", "diffussm-xl-256-uni", "diffussm-digits", "diffussm-fashion-mnist"]
     mdm = ["mdm-64", "mdm-256", "mdm-1024", "mdm-video-256", "mdm-emoji-32", "mdm-moving-digits"]
     small = ["digits", "fashion-mnist", "dae-digits", "dae-fashion-mnist"]
+    small += ["photos-32", "photos-64", "photos-256-latent"]
     ldae = [name for name in recipe_names() if name.startswith("ldae-")]  # see test_ldae.py
     assert sorted([*PUBLISHED, *diffussm, *mdm, *ldae, *small]) == recipe_names()
 

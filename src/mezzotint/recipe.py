@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from contextlib import suppress
 from importlib import resources
@@ -19,7 +20,12 @@ from mezzotint.backbones.diffussm import Scan
 from mezzotint.backbones.layers import TIME_FREQUENCIES
 from mezzotint.backbones.nested import LevelConfig
 from mezzotint.backbones.s4d import Discretisation, Initialisation
+from mezzotint.data import survey
+from mezzotint.data.base import DecodedImages
+from mezzotint.data.folder import IMAGES
 from mezzotint.data.pictures import background_rgb
+from mezzotint.data.splits import NoSuchSplit
+from mezzotint.data.video import VIDEOS
 from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
@@ -31,6 +37,9 @@ from mezzotint.settings import Decay, LearningRate, Seed, Settings
 from mezzotint.targets import Target
 from mezzotint.weightings import WeightingName
 from mezzotint.written import Written, as_written, read_yaml, typed_text
+
+#: keys of `data` whose None is left to the data, see `DataSettings.settled`
+OPEN = ("labels", "test_fraction", "channels")
 
 
 class DataSettings(Settings):
@@ -44,16 +53,17 @@ class DataSettings(Settings):
     default place, where it has one."""
     size: int = Field(8, ge=1)
     """Images are size × size: cropped and resized (folder, huggingface) or padded (idx); latents: they were so."""
-    channels: Literal[1, 3] = 1
-    """1 for grey, 3 for RGB; images are converted."""
-    labels: bool = True
-    """Whether to use class labels; false trains on a flat folder of images."""
+    channels: Literal[1, 3] | None = 1
+    """1 for grey, 3 for RGB; images are converted. None: 1 where the pictures looked at are all grey."""
+    labels: bool | None = True
+    """Whether to use class labels; false trains on a flat folder of images. None: of a folder, if it has classes."""
     background: str = "white"
     """folder, captions, webdataset, huggingface, video: the colour behind transparent pixels, by name or #rrggbb."""
     flip: bool = False
     """Flip training images horizontally at random."""
-    test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of a folder without a test split of its own that is held out."""
+    test_fraction: float | None = Field(0.0, ge=0, lt=1)
+    """Share of a folder without a test split of its own that is held out. None: 0.1, of 100 images and more. (A saved
+    recipe holds what None came to, of this key, labels and channels.)"""
     max_unreadable: int = Field(10, ge=0)
     """How many unreadable images are replaced, with a warning each, before the run stops."""
     streaming: bool = False
@@ -94,8 +104,39 @@ class DataSettings(Settings):
             raise ValueError(str(error)) from None
         return background
 
+    def settled(self) -> DataSettings:
+        """These settings with what is left open, `labels`, `test_fraction` and `channels`, as the data have it.
+
+        Raises `MezzotintError` as `load` does.
+        """
+        if all(getattr(self, key) is not None for key in OPEN):
+            return self
+        takes = signature(data.SOURCES[self.name]).parameters
+        found = self.model_copy(update={"channels": self.channels or 3, "test_fraction": self.test_fraction or 0.0})
+        if self.labels is None:
+            kind = {"folder": IMAGES, "video": VIDEOS}.get(self.name)
+            labels = True if kind is None or self.path is None else survey.in_classes(self.path, kind)
+            found = found.model_copy(update={"labels": labels})
+        train = found.load("train")
+        if self.test_fraction is None and "test_fraction" in takes:
+            try:
+                found.load("test")
+            except NoSuchSplit:
+                found = found.model_copy(update={"test_fraction": survey.share_to_hold_out(train)})
+        if self.channels is None and not isinstance(train, data.CachedLatents):
+            found = found.model_copy(update={"channels": 1 if survey.all_grey(train) else 3})
+        return found
+
+    def taken(self, found: DataSettings) -> str:
+        """What `found`, these settled, has for each key that was left open, for a sentence; nothing without such."""
+        why = {"labels=False": " (not in sub-folders by class)", "test_fraction=0.0": " (few images, or its own split)"}
+        values = [f"{key}={getattr(found, key)}" for key in OPEN if getattr(self, key) is None]
+        return ", ".join(f"data.{value.lower()}{why.get(value, '')}" for value in values)
+
     def load(self, split: str = "train") -> data.ImageDataset | data.ImageStream:
         """The split "train" or "test" of this data set. Raises `MezzotintError` where it cannot be read."""
+        if (settled := self.settled()) is not self:
+            return settled.load(split)
         takes = signature(data.SOURCES[self.name]).parameters
         options = {}
         for key, value in self.model_dump(exclude={"name", "workers"}).items():
@@ -596,7 +637,7 @@ class Recipe(Settings):
         if self.data.frames:
             raise ValueError(f"the representation {settings.name} is of images, not of clips; set data.frames=0")
         check_settings(
-            settings.name, settings.stride, settings.channels, self.data.channels, self.data.size, settings.fit
+            settings.name, settings.stride, settings.channels, self.image_channels, self.data.size, settings.fit
         )
 
     def _check_image_space(self) -> None:
@@ -687,11 +728,16 @@ class Recipe(Settings):
             )
 
     @property
+    def image_channels(self) -> int:
+        """Channels of an image, 3 as long as that is left to the data."""
+        return self.data.channels or 3
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image, or of a frame, in the space that x lives in; of a Matryoshka network: its largest."""
         size = self.data.size
         if self.representation.name == "pixels":
-            return self.data.channels, size, size
+            return self.image_channels, size, size
         if size % self.representation.stride:
             raise ValueError(
                 f"data.size {size} is not divisible by the autoencoder's stride {self.representation.stride}"
@@ -699,7 +745,7 @@ class Recipe(Settings):
         return self.representation.channels, size // self.representation.stride, size // self.representation.stride
 
     def _side_shape(self, side: str) -> tuple[int, int, int]:
-        return (self.data.channels, self.data.size, self.data.size) if side == "image" else self.latent_shape
+        return (self.image_channels, self.data.size, self.data.size) if side == "image" else self.latent_shape
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -710,6 +756,11 @@ class Recipe(Settings):
     def output_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network gives, variance apart."""
         return self._side_shape(self.backbone.output)
+
+    def settled(self) -> Recipe:
+        """This recipe with what its data settings leave open as the data have it; see `DataSettings.settled`."""
+        found = self.data.settled()
+        return self if found is self.data else Recipe.parse({**self.model_dump(), "data": found.model_dump()})
 
     def to_yaml(self, *, ascii_only: bool = False) -> str:
         """Every field, resolved, as YAML that `load_recipe` reads back to an equal recipe."""
@@ -732,17 +783,26 @@ def recipe_names() -> list[str]:
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """A recipe by its name, by a YAML file or by a run folder, with ``key=value`` overrides applied in order.
 
+    A recipe's number of classes is that of its data: on others, or on captions, it is theirs unless it is given, too,
+    and with other data the recipe is called NAME-DATA, after the folder or the data set. A run's own recipe keeps both.
     Raises `MezzotintError` for an unknown name or key, a bad value, or a combination that means nothing.
     """
-    return override_recipe(Recipe.parse(_read(source)), overrides)
+    recipe, given = Recipe.parse(_read(source)), _merged(overrides)
+    if _is_run(source):
+        return override_recipe(recipe, overrides)
+    base = recipe.model_dump()
+    made = Recipe.parse(_follow_data(base, given, _merge(base, given, Recipe)))
+    if "name" in given or (made.data.name, made.data.path) == (recipe.data.name, recipe.data.path):
+        return made
+    return made.model_copy(update={"name": _called_after(recipe.name, made.data)})
 
 
 def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:
-    """`recipe` with ``key=value`` overrides applied in order. Raises `MezzotintError` as `load_recipe` does."""
-    values = recipe.model_dump()
-    for override in overrides:
-        values = _merge(values, read_override(override), Recipe)
-    return Recipe.parse(values)
+    """`recipe`, perhaps of a trained model, with ``key=value`` overrides applied in order, and nothing else changed.
+
+    Raises `MezzotintError` as `load_recipe` does.
+    """
+    return Recipe.parse(_merge(recipe.model_dump(), _merged(overrides), Recipe))
 
 
 def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_features: int | None = None) -> Recipe:
@@ -750,6 +810,7 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
 
     text_features: where the condition is captions, the width of their encoder's features (0: bytes).
     """
+    recipe = recipe.settled()
     wanted, has = recipe.backbone.num_classes, len(dataset.class_names)
     if recipe.condition.name == "text":
         if wanted:
@@ -768,7 +829,10 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
             "without classes"
         )
     if wanted and has > wanted:
-        raise MezzotintError(f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it.")
+        raise MezzotintError(
+            f"the data set has {has} classes, more than backbone.num_classes={wanted}; raise it, or set it to null to "
+            "have as many"
+        )
     frames = (recipe.data.frames,) if recipe.data.frames else ()
     expected = (*frames, recipe.data.channels, recipe.data.size, recipe.data.size)
     if dataset.image_shape != expected:
@@ -798,7 +862,69 @@ def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_
     backbone = recipe.backbone.model_copy(
         update={"num_classes": has if wanted is None else wanted, "text_features": text_features}
     )
-    return recipe.model_copy(update={"backbone": backbone, "representation": representation})
+    found = {"backbone": backbone, "representation": representation}
+    if wanted is None and not has:  # nothing to guide towards
+        found["guidance"] = recipe.guidance.model_copy(update={"scale": 1.0})
+    return recipe.model_copy(update=found)
+
+
+def advice(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> list[str]:
+    """What a person should be told before `recipe`, resolved, is trained on `dataset`: a sentence on each thing."""
+    found, classes, settings = [], recipe.backbone.num_classes or 0, recipe.data
+    if classes > (has := len(dataset.class_names)):
+        found.append(
+            f"backbone.num_classes is {classes} and the data set has {has} classes, so {classes - has} will never be "
+            "trained; leave it out to have as many as there are"
+        )
+    if settings.channels == 1 and isinstance(dataset, DecodedImages) and not survey.all_grey(dataset):
+        found.append("data.channels=1 turns colour pictures grey; set data.channels=3 to train in colour")
+    if settings.name == "folder" and settings.path and (captions := survey.captions_beside(settings.path)):
+        found.append(
+            f"{captions} holds captions, which data=folder leaves unused; data=captions:{settings.path} condition=text "
+            "trains with them"
+        )
+    return found
+
+
+def _is_run(source: str | Path) -> bool:
+    with suppress(OSError):  # a name that no file can have
+        return (Path(source) / "recipe.yaml").is_file()
+    return False
+
+
+def _merged(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """What the overrides say in all, the later ones over the earlier."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        values = _merge(values, read_override(override), Recipe)
+    return values
+
+
+def _called_after(name: str, settings: DataSettings) -> str:
+    """`name`-`folder` for a recipe on the data of a folder, `name`-`data set` for one on data without a path."""
+    place = settings.name
+    if settings.path is not None:
+        folder, last = os.path.split(os.path.abspath(os.path.expanduser(settings.path)))
+        last = os.path.basename(folder) if re.search(r"[*?{[]", last) else last  # a pattern of the files in a folder
+        place = re.sub(r"[\x00-\x1f\x7f\\]", "-", last) or place
+    return f"{name}-{place}".encode("utf-8", "ignore")[:MAX_NAME].decode("utf-8", "ignore")
+
+
+def _follow_data(base: dict[str, Any], top: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """`merged`, which is `top` over `base`, without the number of classes of `base` where that is of other data.
+
+    With captions there are no classes, either. 0 says that the network has none, of whatever data, and stays.
+    """
+
+    def given(values: dict[str, Any], section: str, key: str) -> Any:
+        part = values.get(section)
+        return part.get(key) if isinstance(part, dict) else None
+
+    moved = any(given(base, "data", key) != given(merged, "data", key) for key in ("name", "path"))
+    inherited = None if given(top, "backbone", "num_classes") is not None else given(merged, "backbone", "num_classes")
+    if str(inherited) in ("None", "0") or not (moved or given(merged, "condition", "name") == "text"):
+        return merged
+    return _merge(merged, {"backbone": {"num_classes": None}}, Recipe)
 
 
 def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -838,7 +964,8 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
             f"{source} extends {shortened(base)}; expected a recipe's name, a YAML file or a run folder"
         )
     values.setdefault("name", path.stem if is_file else str(source))
-    merged = _merge({} if base is None else _read(base, (*extending, place)), values, Recipe)
+    below = {} if base is None else _read(base, (*extending, place))
+    merged = _follow_data(below, values, _merge(below, values, Recipe))
     section, own = merged.get("representation"), path.parent / OWN_FOLDER
     if path.name == "recipe.yaml" and isinstance(section, dict) and (own / INFO).is_file():
         section["path"] = str(own)  # wherever the run's folder is now

@@ -50,7 +50,7 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
 
 
 def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
-    """Class numbers for numbers or names (any case); `num_classes` itself, or the name "null", is the null class.
+    """Class numbers for numbers or names (any case); the name "null" is the null class, which is `num_classes`.
 
     Of a class called "tench, Tinca tinca" each part is a name, too. Where all classes are named by numbers that are not
     their own, as folders 1 to 10 are, numbers are names. Raises `MezzotintError` for a name or number that the model
@@ -76,10 +76,13 @@ def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: S
                 f"class {shortened(text)} is unknown: the classes are named by numbers, and none by this one; "
                 f'{closest(text, class_names)}; "null" is no class'
             )
-        elif NUMBER.fullmatch(text) and len(text) < 10 and 0 <= int(text) <= num_classes:
+        elif NUMBER.fullmatch(text) and len(text) < 10 and 0 <= int(text) < num_classes:
             parsed.append(int(text))
         elif NUMBER.fullmatch(text):
-            raise MezzotintError(f"class {text[:20]} is out of range; this model has classes 0 to {num_classes - 1}")
+            raise MezzotintError(
+                f'class {text[:20]} is out of range; this model has classes 0 to {num_classes - 1}, and "null" is none '
+                "of them"
+            )
         else:
             hint = closest(text, class_names) if class_names else f"this model has classes 0 to {num_classes - 1}"
             raise MezzotintError(f"class {shortened(text)} is unknown; {hint}")

@@ -93,5 +93,6 @@ def load(name: str = "digits", split: str = "train", **options: Any) -> ImageDat
             raise MezzotintError(f"data set {name!r} takes no option {option!r}; {closest(option, parameters)}")
     for option, parameter in parameters.items():
         if parameter.default is Parameter.empty and option not in options:
-            raise MezzotintError(f"data set {name!r} needs the option {option!r}; set data.{option}")
+            hint = f"give one with data={name}:PATH" if option == "path" else f"set data.{option}"
+            raise MezzotintError(f"data set {name!r} needs the option {option!r}; {hint}")
     return SOURCES[name](split=split, **options)

@@ -1,6 +1,6 @@
 """Folders of images, or of videos, whose captions are in a file ``metadata.jsonl``, as Hugging Face's `imagefolder`.
 
-Or in ``metadata.csv`` or ``metadata.parquet``, with the same keys as columns.
+Or in ``metadata.csv`` or ``metadata.parquet``, with the same keys as columns; of images also in text files beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from mezzotint.data.base import DecodedImages, as_captions, content_identity
 from mezzotint.data.folder import (
+    CAPTION_ENDING,
     IMAGES,
     UNLABELLED,
     FileKind,
@@ -47,12 +48,12 @@ def captioned_folder(
 ) -> DecodedImages:
     """Images at any depth with a file ``metadata.jsonl``: a line ``{"file_name": ..., "text": ...}`` per image.
 
-    Or one of the other `METADATA`. The captions are a string or a list of strings under `caption_column`, by default
-    the first of `CAPTION_KEYS` that has any; several lines about one image add up. Sub-folders called like splits are
-    that (see `folder.split_folder`), each with its own file or all with that of `path`; otherwise `test_fraction` of
-    the images is held out. Images become squares of `size` pixels by `adm_center_crop`. Raises `MezzotintError` for a
-    missing folder or split, a file that is broken (with the line) or does not match the images, and, when indexed, for
-    more than `max_unreadable` unreadable images.
+    Or one of the other `METADATA`; without one, with a text file ``NAME.txt`` beside each image. The captions
+    are a string or a list of strings under `caption_column`, by default the first of `CAPTION_KEYS` that has any;
+    several lines about one image add up. Sub-folders called like splits are that (see `folder.split_folder`), each with
+    its own file or all with that of `path`; otherwise `test_fraction` of the images is held out. Images become squares
+    of `size` pixels by `adm_center_crop`. Raises `MezzotintError` for a missing folder or split, a file that is broken
+    (with the line) or does not match the images, and, when indexed, for more than `max_unreadable` unreadable images.
     """
     check_channels(channels)
     check_size(size)
@@ -60,11 +61,9 @@ def captioned_folder(
     folder, root, _ = split_folder(path, split, test_fraction, IMAGES)
     metadata = find_metadata(folder, root)
     if metadata is None:
-        raise MezzotintError(
-            f'image folder {root} has no file {METADATA[0]}; write one with a line {{"file_name": ..., "text": ...}} '
-            "per image, or use data=folder:PATH for images without captions"
-        )
-    samples = captioned_files(root, metadata, caption_column, IMAGES)
+        samples = captioned_by_texts(root, caption_column)
+    else:
+        samples = captioned_files(root, metadata, caption_column, IMAGES)
     samples = [samples[i] for i in held_out(len(samples), split, test_fraction)]
     shape = (channels, size, size)
     about = repr(([texts for _, texts in samples], colour)).encode()
@@ -112,6 +111,32 @@ def captioned_files(
             "files"
         )
     return [(file, tuple(captions[name])) for file, name in zip(files, names, strict=True)]
+
+
+def captioned_by_texts(root: Path, caption_column: str | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Paths of the images below `root`, sorted, each with the text in the file of its name that ends in .txt.
+
+    Raises `MezzotintError` where one has none, or an empty one.
+    """
+    files = [file for file, _ in files_below(root, UNLABELLED, IMAGES)]
+    texts = {file: Path(file).with_suffix(CAPTION_ENDING) for file in files}
+    captions = {file: read_text(text).strip() for file, text in texts.items() if text.is_file()}
+    if not captions:
+        raise MezzotintError(
+            f'image folder {root} has no file {METADATA[0]}; write one with a line {{"file_name": ..., "text": ...}} '
+            "per image, or NAME.txt beside each image, or use data=folder:PATH for images without captions"
+        )
+    if caption_column is not None:
+        raise MezzotintError(
+            f"the captions of {root} are in text files, which have no key {caption_column!r}; leave "
+            "data.caption_column out"
+        )
+    if bare := [os.path.relpath(file, root) for file in files if not captions.get(file)]:
+        raise MezzotintError(
+            f"{len(bare)} images in {root} have no caption in a text file beside them, as others have: {some(bare)}; "
+            "write one of the same name that ends in .txt for each, or remove the images"
+        )
+    return [(file, (captions[file],)) for file in files]
 
 
 def read_metadata(metadata: Path, caption_column: str | None, files: Container[str]) -> dict[str, list[str]]:

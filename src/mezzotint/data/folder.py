@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,16 @@ from typing import NamedTuple
 from PIL import Image
 
 from mezzotint.data.base import DecodedImages, content_identity
-from mezzotint.data.listing import LeftAside, subfolders, walk
+from mezzotint.data.listing import LeftAside, subfolders, walk, warn_once
 from mezzotint.data.pictures import ENDINGS, background_rgb, read_picture
 from mezzotint.data.splits import held_out, pick_split, split_of
 from mezzotint.data.transforms import check_channels, check_size
 from mezzotint.errors import MezzotintError
 from mezzotint.files import content_digests, name_bytes
 
-logger = logging.getLogger("mezzotint")
-
 UNLABELLED = {"": -1}  # as sub-folder and its label: the folder itself, −1
 METADATA = "metadata."  # how the names of files of captions begin
+CAPTION_ENDING = ".txt"  # of a file beside an image, of the same name, that holds its caption
 
 
 class FileKind(NamedTuple):
@@ -131,7 +129,7 @@ def _split_names(folder: Path, kind: FileKind, where: str) -> list[str]:
     if {split_of(name, within=True) for name in inside} == {"train", "test"}:
         return inside
     if named:
-        logger.warning("%s: %s is taken for a class, not for a split, beside %s", where, some(named), some(company))
+        warn_once(f"{where}: {some(named)} is taken for a class, not for a split, beside {some(company)}")
     return []
 
 
@@ -170,10 +168,11 @@ def files_below(root: Path, labels: Mapping[str, int], kind: FileKind) -> list[t
     for folder, names in walk(root, left):
         inside = os.path.relpath(folder, root)
         label = "" if "" in labels or inside == os.curdir else inside.split(os.sep)[0]
-        taken = []
+        taken: list[str] = []
+        captions = {os.path.splitext(name)[0] + CAPTION_ENDING for name in names if name.lower().endswith(kind.endings)}
         for name in names:
             if not name.lower().endswith(kind.endings):
-                if not name.startswith(METADATA):
+                if not name.startswith(METADATA) and name not in captions:
                     left.add("files with other endings", os.path.normpath(os.path.join(inside, name)))
             elif label not in labels:
                 left.add(f"{kind.noun}s outside of the folders of classes", name)

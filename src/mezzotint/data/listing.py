@@ -53,11 +53,12 @@ class LeftAside:
         """Warns in one line, once for the same line; says nothing where nothing was left aside."""
         if self.counts:
             parts = (f"{reason}: {count:,} (such as {self.examples[reason]})" for reason, count in self.counts.items())
-            _warn_once(f"{where}, left aside: {'; '.join(parts)}")
+            warn_once(f"{where}, left aside: {'; '.join(parts)}")
 
 
 @cache
-def _warn_once(line: str) -> None:  # train, validate and evaluate look at one folder several times
+def warn_once(line: str) -> None:
+    """Logs a warning, unless the same one was logged before: one command may look at a folder several times."""
     logger.warning("%s", line)
 
 

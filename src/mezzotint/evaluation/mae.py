@@ -151,7 +151,7 @@ def _train_into(out: Path, recipe: Recipe, settings: MAESettings, device: str, p
         with quiet():
             network.cpu().save_pretrained(folder)
         for name, values in (
-            ("preprocessor_config.json", processor_config(size, recipe.data.channels)),
+            ("preprocessor_config.json", processor_config(size, recipe.image_channels)),
             ("metrics.json", metrics),
         ):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -208,7 +208,7 @@ def _sizes(recipe: Recipe, settings: MAESettings) -> dict[str, Any]:
     return {
         "image_size": recipe.data.size,
         "patch_size": recipe.data.size // side,
-        "num_channels": recipe.data.channels,
+        "num_channels": recipe.image_channels,
         "hidden_size": backbone.width,
         "num_hidden_layers": depth,
         "num_attention_heads": backbone.heads,

@@ -571,7 +571,7 @@ class PipelineSource(ImageSource):
         plan = json.dumps(
             [tensors_digest(pipeline.denoiser.backbone.state_dict()), recipe, sampler, scale, listed(self.labels)]
         )
-        name, shape = pipeline.recipe.name, (pipeline.recipe.data.channels, *2 * (pipeline.recipe.data.size,))
+        name, shape = pipeline.recipe.name, (pipeline.recipe.image_channels, *2 * (pipeline.recipe.data.size,))
         self.identity = content_identity(name, f"samples-{count}-seed-{seed}", shape, (), [plan.encode()])
 
     def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Images]:

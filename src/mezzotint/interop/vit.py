@@ -60,7 +60,7 @@ def export_vit(pipeline: Pipeline, out: str | Path, *, t: float = 0.01, layers: 
         save_tensors(floats, folder / "model.safetensors", {"format": "pt"})
         for name, values in (
             ("config.json", _config(pipeline, network, layers)),
-            ("preprocessor_config.json", processor_config(pipeline.recipe.data.size, pipeline.recipe.data.channels)),
+            ("preprocessor_config.json", processor_config(pipeline.recipe.data.size, pipeline.recipe.image_channels)),
         ):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return out
@@ -96,7 +96,7 @@ def _patch_embedding(pipeline: Pipeline, network: DiT) -> tuple[Tensor, Tensor]:
 
     The map is affine, so its values at zero and at each unit patch tell all of it.
     """
-    size, channels = pipeline.recipe.data.size // network.grid[0], pipeline.recipe.data.channels
+    size, channels = pipeline.recipe.data.size // network.grid[0], pipeline.recipe.image_channels
     units = torch.eye(channels * size**2, dtype=torch.float64).reshape(-1, channels, size, size)
     inputs = torch.cat([torch.zeros_like(units[:1]), units])
     if pipeline.recipe.representation.name != "pixels":

@@ -490,7 +490,7 @@ def _random_tokenizer(recipe: Recipe, here: torch.device) -> Any:
 
 
 def _random_images(recipe: Recipe, count: int, here: torch.device) -> Tensor:
-    shape = (count, recipe.data.channels, recipe.data.size, recipe.data.size)
+    shape = (count, recipe.image_channels, recipe.data.size, recipe.data.size)
     return torch.rand(shape, generator=generator_for(0), device="cpu").to(here) * 2 - 1
 
 

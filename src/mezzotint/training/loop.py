@@ -39,7 +39,7 @@ from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings, load_recipe, resolve
+from mezzotint.recipe import Recipe, TrainingSettings, advice, load_recipe, resolve
 from mezzotint.representations import TOKENIZERS, Encoder, KLAutoencoder, PatchPCA, PyramidEncoder
 from mezzotint.representations.image_space import FullBasisEncoder
 from mezzotint.training.checkpoints import Checkpoints
@@ -98,6 +98,7 @@ def train(
                 )
 
         # ---------------------------------------------------------------------------------- data, model, optimizer
+        asked, recipe = recipe.data, recipe.settled()
         train_set = recipe.data.load("train")
         test_set = recipe.data.load("test") if settings.validate_every else None
         if recipe.init is not None:
@@ -107,6 +108,10 @@ def train(
             check_captions(train_set)
         reader = captioner(recipe, here.device) if text else None
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
+        if here.is_main and not quiet and (taken := asked.taken(recipe.data)):
+            console.print(f"taken from the data: {taken}", soft_wrap=True)
+        for sentence in advice(recipe, train_set) if here.is_main else ():
+            logger.warning("%s", sentence)
         data = TrainedOn.of(recipe, train_set, reader)
         begun = check_run(run, recipe, data, here, resume=resume, override=override, data_changed=data_changed)
         checkpoints = Checkpoints(run / "state", here, settings.keep_checkpoints, trust_code=trust_code)

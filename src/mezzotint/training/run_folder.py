@@ -26,8 +26,10 @@ logger = logging.getLogger("mezzotint")
 
 RECIPE, RECORD = "recipe.yaml", "record.json"
 FOLDERS, FILES = ("state", "logs", "samples", "adapter", OWN_FOLDER), (RECIPE, RECORD, "model.safetensors")
-#: what a resumed run may change: how long it goes on, and how often it reports; nothing that a weight depends on
+#: what a resumed run may change: what it is called, how long it goes on, and how often it reports; nothing that a
+#: weight depends on
 MAY_CHANGE = {
+    "name",
     *(f"training.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *("training.checkpoint_every", "training.keep_checkpoints", "data.workers", "data.max_unreadable"),
 }

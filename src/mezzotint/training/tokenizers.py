@@ -76,6 +76,7 @@ def fit_tokenizer(
 
 
 def _fit_into(out: Path, recipe: Recipe, device: str, quiet: bool, trust_code: bool) -> dict[str, Any]:
+    recipe = recipe.settled()
     settings, here = recipe.representation, choose_device(device)
     dataset = _images(recipe, "train")
     try:
@@ -111,7 +112,7 @@ def tokenizer_info(recipe: Recipe, data: str = "") -> TokenizerInfo:
             "stride": settings.stride,
             "channels": settings.channels,
             "fit": settings.fit,
-            "image_channels": recipe.data.channels,
+            "image_channels": recipe.image_channels,
             "data": data,
         }
     )
@@ -181,7 +182,7 @@ def _images(recipe: Recipe, split: str) -> ImageDataset | ImageStream:
     dataset = recipe.data.load(split)
     if isinstance(dataset, CachedLatents):
         raise MezzotintError("the data are latents, and a tokenizer is fitted to images; set data to the images")
-    expected = (recipe.data.channels, recipe.data.size, recipe.data.size)
+    expected = (recipe.image_channels, recipe.data.size, recipe.data.size)
     if dataset.image_shape != expected:
         raise MezzotintError(
             f"the data set's images are {dataset.image_shape}, expected {expected} (channels, height, width); "
