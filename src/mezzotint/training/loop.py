@@ -110,7 +110,7 @@ def train(
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
         if here.is_main and not quiet and (taken := asked.taken(recipe.data)):
             console.print(f"taken from the data: {taken}", soft_wrap=True)
-        for sentence in advice(recipe, train_set) if here.is_main else ():
+        for sentence in advice(recipe, train_set) if here.is_main and not resume else ():
             logger.warning("%s", sentence)
         data = TrainedOn.of(recipe, train_set, reader)
         begun = check_run(run, recipe, data, here, resume=resume, override=override, data_changed=data_changed)
