@@ -383,13 +383,13 @@ def test_train_of_a_run_folder_begins_another_and_says_where(
     run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parent)
-    before = contents(run)
+    before, other = contents(run), f"runs/{load_recipe(run).name}"
     fresh = command("train", "run", "seed=1")
-    assert (fresh.code, "a new run by the recipe of run, written to runs/digits" in fresh.err) == (0, True), fresh.err
-    assert load_recipe("runs/digits").seed == 1
+    assert (fresh.code, f"a new run by the recipe of run, written to {other}" in fresh.err) == (0, True), fresh.err
+    assert load_recipe(other).seed == 1
     for words, refused in (
         (["train", "run", "--out", "run"], "error: run already holds a run; go on with it by mezzotint resume run, or"),
-        (["train", "runs/digits"], "error: runs/digits already holds a run; go on with it by mezzotint resume runs/d"),
+        (["train", other], f"error: {other} already holds a run; go on with it by mezzotint resume {other}"),
     ):
         result = command(*words)
         assert (result.code, result.err.startswith(refused)) == (2, True), result.err
