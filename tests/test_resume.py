@@ -536,20 +536,24 @@ def test_the_hint_starts_the_program_as_it_was_started(
     words = ["train", "digits", f"data=folder:{photos}"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("torchrun", "mezzotint"):
+        (tmp_path / name).touch(mode=0o755)  # another environment's
     python = shlex.quote(sys.executable)
     assert command(*words).err.endswith(
         f": {python} -m torch.distributed.run --nproc-per-node 2 -m mezzotint {shlex.join(words)}"
     )
-    (tmp_path / "torchrun").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert command(*words).err.endswith(f": torchrun --nproc-per-node 2 -m mezzotint {shlex.join(words)}")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(sys, "argv", ["/venv/lib/mezzotint/__main__.py", *words])
-    monkeypatch.setattr(sys, "orig_argv", ["/my venv/python", "-m", "mezzotint", *words])
-    assert program() == ["/my venv/python", "-m", "mezzotint"]
-    monkeypatch.setattr(sys, "argv", ["/venv/bin/mezzotint", *words])
-    assert program() == ["/venv/bin/mezzotint"], "which is not on the PATH"
-    (tmp_path / "mezzotint").touch(mode=0o755)
     assert program() == ["mezzotint"]
+    monkeypatch.setattr(sys, "executable", "/my venv/python")
+    monkeypatch.setattr(sys, "orig_argv", ["/my venv/python", "-m", "mezzotint"])
+    for started_as, words in (
+        ("/my venv/lib/mezzotint/__main__.py", ["/my venv/python", "-m", "mezzotint"]),
+        ("/my venv/bin/mezzotint", ["/my venv/bin/mezzotint"]),  # not on the PATH
+        (str(tmp_path / "mezzotint"), ["mezzotint"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [started_as])
+        assert program() == words
 
 
 @pytest.mark.parametrize("place", ["read", "written"])

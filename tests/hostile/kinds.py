@@ -865,6 +865,7 @@ COMMANDS = {
 #: commands that would do honest work for minutes are given what they refuse, or only asked for a plan
 ALWAYS: dict[str, tuple[str, ...]] = {
     "study": ("--cells", "nothing"),
+    "resume": ("--steps", "2"),
     "finetune": ("--epochs", "0"),
     "probe": ("--epochs", "1", "--count", "20"),
     "train-mae": ("training.steps=0",),

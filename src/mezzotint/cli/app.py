@@ -63,13 +63,20 @@ def stopped(context: typer.Context, command: str | None = None) -> typer.Exit:
 
 
 def program(processes: int = 1) -> list[str]:
-    """The words that start this program again from where it was started, by torchrun where it is several processes."""
+    """The words that start this program again, by torchrun where it is several processes."""
     if processes > 1:
-        torchrun = ["torchrun"] if shutil.which("torchrun") else [sys.executable, "-m", "torch.distributed.run"]
+        torchrun = ["torchrun"] if _on_path("torchrun") else [sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, "--nproc-per-node", str(processes), "-m", "mezzotint"]
-    if Path(sys.argv[0]).name == "__main__.py":  # python -m mezzotint
-        return [sys.orig_argv[0], "-m", "mezzotint"]
-    return ["mezzotint" if shutil.which("mezzotint") else sys.argv[0]]
+    if _on_path("mezzotint"):
+        return ["mezzotint"]
+    module = Path(sys.argv[0]).name == "__main__.py"  # python -m mezzotint
+    return [sys.orig_argv[0], "-m", "mezzotint"] if module else [sys.argv[0]]
+
+
+def _on_path(name: str) -> bool:
+    """Whether the shell finds this environment's program of that name, and not another's or none."""
+    found = shutil.which(name)
+    return found is not None and Path(found) in (Path(sys.executable).with_name(name), Path(sys.argv[0]))
 
 
 def command_of(context: typer.Context, *instead: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli.app import stopped
 from mezzotint.cli.models import open_model, run_folder
 from mezzotint.cli.options import BatchSize, Compiled, Device, ModelArgument, ModelOverrides, Precision, Seed, Weights
 from mezzotint.errors import MezzotintError
@@ -18,6 +19,7 @@ MAX_IN_MEMORY, MAX_GRID = 10_000, 100
 
 
 def sample(
+    context: typer.Context,
     model: ModelArgument,
     overrides: ModelOverrides = None,
     classes: Annotated[
@@ -108,7 +110,10 @@ def sample(
     pyramid = []
     if npz is not None:
         options |= {"rank": rank, "world_size": world_size, "progress": rank == 0}
-        sample_to_npz(pipeline, npz, names, count, **options)
+        try:
+            sample_to_npz(pipeline, npz, names, count, **options)
+        except KeyboardInterrupt:
+            raise stopped(context) from None
         if rank > 0:
             return
         every = max(1, count // MAX_GRID)
