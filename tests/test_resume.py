@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -554,6 +555,74 @@ def test_the_hint_starts_the_program_as_it_was_started(
     ):
         monkeypatch.setattr(sys, "argv", [started_as])
         assert program() == words
+
+
+@pytest.mark.parametrize(
+    ("words", "at", "written"),
+    [
+        (("sample", "run", "--count", 6, "--batch-size", 2, "--npz", "x.npz"), "archive.sample_batches", "x.npz"),
+        (
+            ("sweep", "run", "steps=1,2", "data.test_fraction=0.5", "--count", 4, "--features", "pixels", "--no-plots",
+             "--out", "out"),
+            "evaluation.sweep._score",
+            "out/sweep.csv",
+        ),
+        (
+            ("encode", "digits", *TINY, "data.name=folder", "data.path=set", "representation=patch-pca",
+             "representation.stride=2", "representation.path=pca", "--out", "latents", "--split", "train"),
+            "encoding.encode_dataset",
+            "latents",
+        ),
+    ],
+    ids=["sample", "sweep", "encode"],
+)  # fmt: skip
+def test_what_goes_on_says_by_which_command(
+    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...], at: str, written: str
+) -> None:
+    """Stopped at the second of its parts, or where it has one at once; what was there is not made again."""
+    monkeypatch.chdir(run.parent)
+    if words[0] == "encode":
+        pca = ("representation=patch-pca", "representation.stride=2", "data.name=folder", "data.path=set")
+        assert command("fit-tokenizer", "digits", *TINY, *pca, "--out", "pca").code == 0
+    module, _, name = f"mezzotint.{at}".rpartition(".")
+    work, calls = getattr(import_module(module), name), []
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == (1 if words[0] == "encode" else 2):
+            raise KeyboardInterrupt
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(f"{module}.{name}", stopping)
+    again = pasted(command(*words))
+    assert sorted(again) == sorted(map(str, words))
+    assert not Path(written).exists()
+    assert command(*again).code == 0
+    assert Path(written).exists()
+    assert len(calls) == {"sample": 4, "sweep": 3, "encode": 2}[words[0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [
+        (
+            ("fit-tokenizer", "digits", *TINY, "representation=patch-pca", "representation.stride=2"),
+            "training.tokenizers.measure",
+        ),
+        (("train-mae", "digits", *TINY, "training.steps=1", "mae.depth=1"), "evaluation.mae._check"),
+        (("finetune", "run", "data.test_fraction=0.5", "--count", 2, "--epochs", 1), "evaluation.end_to_end.score"),
+    ],
+    ids=["fit-tokenizer", "train-mae", "finetune"],
+)
+def test_what_is_not_gone_on_with_says_that_nothing_was_written(
+    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...], at: str
+) -> None:
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(f"mezzotint.{at}", stop_at_once)
+    before = contents(run.parent)
+    stopped = command(*words, "--out", "made")
+    assert (stopped.code, stopped.err.endswith("stopped; made was not written")) == (130, True), stopped.err
+    assert contents(run.parent) == before
 
 
 @pytest.mark.parametrize("place", ["read", "written"])
