@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import load_file
 from test_cli import mezzotint as mezzotint
 
 import mezzotint as library
@@ -85,6 +86,69 @@ def test_the_same_seed_gives_the_same_masked_autoencoder(tmp_path: Path) -> None
     assert train_mae(recipe, tmp_path / "b", device="cpu") == first
     assert open_mae(tmp_path / "a").name == open_mae(tmp_path / "b").name
     assert train_mae(recipe.model_copy(update={"seed": 1}), tmp_path / "c", device="cpu") != first
+
+
+BASE: dict[str, Any] = {"lr": 1e-2}
+OTHER: dict[str, Any] = {
+    "depth": 1, "decoder_depth": 1, "decoder_width": 16, "decoder_heads": 1, "mask_ratio": 0.5, "norm_pix_loss": False,
+    "lr": 2e-2, "warmup": 0.5, "weight_decay": 5.0, "betas": (0.5, 0.9), "crop": 1.0,
+}  # fmt: skip
+FEW = (*MAE_RECIPE, "training.steps=4", "training.batch_size=8")
+
+
+def weights_of(out: Path, settings: dict[str, Any], words: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    train_mae(load_recipe("digits", [*FEW, *words]), out, MAESettings(**settings), device="cpu")
+    return load_file(out / "model.safetensors")
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() != other.keys() or any(
+        tensor.shape != other[name].shape or not torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return weights_of(tmp_path_factory.mktemp("usual") / "mae", BASE)
+
+
+def test_the_table_has_every_setting() -> None:
+    assert set(OTHER) == set(MAESettings.model_fields)
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_setting_makes_another_masked_autoencoder(
+    usual: dict[str, torch.Tensor], tmp_path: Path, key: str
+) -> None:
+    assert differ(usual, weights_of(tmp_path / "mae", BASE | {key: OTHER[key]}))
+
+
+@pytest.mark.parametrize(
+    "word", ["training.precision=bf16", "training.steps=3", "training.batch_size=4", "data.flip=true"]
+)
+def test_so_does_what_it_takes_from_the_recipe(usual: dict[str, torch.Tensor], tmp_path: Path, word: str) -> None:
+    assert differ(usual, weights_of(tmp_path / "mae", BASE, (word,)))
+
+
+def test_the_seed_is_that_of_each_thing_that_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first weights, the images and their crops, and the masks, which are other ones at every step."""
+    from transformers import ViTMAEForPreTraining
+
+    forward = ViTMAEForPreTraining.forward
+    seen = []
+    for seed in (0, 1):
+        given: list[dict[str, torch.Tensor]] = []
+
+        def looked_at(self: Any, given: list[Any] = given, **inputs: torch.Tensor) -> Any:
+            given.append(inputs)
+            return forward(self, **inputs)
+
+        monkeypatch.setattr(ViTMAEForPreTraining, "forward", looked_at)
+        weights = weights_of(tmp_path / str(seed), {"lr": 1e-12}, (f"seed={seed}",))  # which hardly move
+        assert not torch.equal(given[0]["noise"], given[1]["noise"])
+        seen.append([weights["vit.embeddings.cls_token"], given[0]["pixel_values"], given[0]["noise"]])
+    for one, other in zip(*seen, strict=True):
+        assert not torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_it_has_the_tokens_of_the_recipes_network() -> None:

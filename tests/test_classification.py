@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mezzotint.evaluation.end_to_end import (
 from mezzotint.evaluation.probing import labelled_sources
 from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import layers_of, pooled_features
+from mezzotint.files import read_tensors
 from mezzotint.recipe import load_recipe
 
 PLAIN: dict[str, Any] = {
@@ -325,6 +327,97 @@ def test_the_folder_of_a_model_on_latents_needs_no_other(tmp_path: Path) -> None
     again, classifier = load_classifier(tmp_path / "out")
     test = DatasetSource(again.recipe.data.load("test"), 60)
     assert score(classifier, again, test, 300)["top1"] == pytest.approx(metrics["top1"], abs=0.01)
+
+
+# ---- Every setting does something ------------------------------------------------------------------------------------
+
+DEEP = [*TINY, "backbone.depth=4"]  # of which two blocks are trained, as drop_path leaves the first as it is
+BASE: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.01, "layer_decay": 0.9}
+OTHER: dict[str, Any] = {
+    "epochs": 3, "batch_size": 4, "lr": 0.02, "warmup": 0.5, "weight_decay": 0.5, "betas": (0.5, 0.9),
+    "layer_decay": 0.5, "drop_path": 0.7, "label_smoothing": 0.0, "mixup": 0.1, "cutmix": 0.0, "randaugment": 0,
+    "magnitude": 1, "crop": 1.0, "erase": 1.0, "ema": 0.01, "precision": "bf16", "seed": 1,
+}  # fmt: skip
+
+
+def deep(words: Sequence[str] = ()) -> library.Pipeline:
+    pipeline = library.build(load_recipe("digits", [*DEEP, *words]))
+    random_weights(pipeline.denoiser)
+    return pipeline
+
+
+def weights_of(out: Path, settings: dict[str, Any], words: Sequence[str] = (), **options: Any) -> dict[str, Tensor]:
+    finetune_classifier(deep(words), out, FinetuneSettings(**settings), quiet=True, **{"count": 16} | options)
+    return read_tensors(out / "classifier.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(end_to_end, "score", lambda *_: {"top1": 0.0})
+        return weights_of(tmp_path_factory.mktemp("usual") / "out", BASE)
+
+
+def test_the_table_has_every_setting() -> None:
+    assert set(OTHER) == set(FinetuneSettings.model_fields)
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_setting_makes_another_classifier(
+    usual: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(end_to_end, "score", lambda *_: {"top1": 0.0})
+    found = weights_of(tmp_path / "out", BASE | {key: OTHER[key]})
+    assert any(not torch.equal(found[name], tensor) for name, tensor in usual.items())
+
+
+@pytest.mark.parametrize("options", [{"t": 0.5}, {"layers": 1}, {"count": 8}, {"words": ["data.flip=true"]}], ids=str)
+def test_so_does_every_argument(
+    usual: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(end_to_end, "score", lambda *_: {"top1": 0.0})
+    found = weights_of(tmp_path / "out", BASE, **options)
+    assert any(not torch.equal(found[name], tensor) for name, tensor in usual.items())
+
+
+def test_the_seed_is_that_of_each_thing_that_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new layers' weights, the images and their changes, and what is drawn in a step, here the mixed targets."""
+    seen: dict[int, list[Tensor]] = {}
+    batches, cross_entropy = end_to_end.augmented_batches, F.cross_entropy
+    monkeypatch.setattr(end_to_end, "score", lambda *_: {"top1": 0.0})
+    for seed in (0, 1):
+        images: list[Tensor] = []
+        shares: list[Tensor] = []  # of the greater of a target's classes
+
+        def looked_at(*arguments: Any, images: list[Tensor] = images) -> Iterator[tuple[Tensor, Tensor | None]]:
+            for batch in batches(*arguments):
+                images.append(batch[0])
+                yield batch
+
+        def loss(logits: Tensor, targets: Tensor, shares: list[Tensor] = shares, **more: Any) -> Tensor:
+            shares.append(targets.max(1).values.sort().values)
+            return cross_entropy(logits, targets, **more)
+
+        monkeypatch.setattr(end_to_end, "augmented_batches", looked_at)
+        monkeypatch.setattr(F, "cross_entropy", loss)
+        settings = BASE | {"epochs": 1, "batch_size": 16, "seed": seed, "lr": 1e-12, "layer_decay": 1.0, "ema": None}
+        weights = weights_of(tmp_path / str(seed), settings)  # which hardly move
+        seen[seed] = [weights["head.weight"], images[0], shares[0]]
+    for one, other in zip(*seen.values(), strict=True):
+        assert not torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-7)
+
+
+def test_an_epoch_is_scored_without_stochastic_depth(tmp_path: Path) -> None:
+    settings = FinetuneSettings(**PLAIN | BASE | {"drop_path": 0.9, "epochs": 1})
+    pipeline = deep()
+    metrics = finetune_classifier(pipeline, tmp_path / "out", settings, layers=4, count=16, quiet=True)
+    again, classifier = load_classifier(tmp_path / "out")
+    test = DatasetSource(again.recipe.data.load("test"), 60)
+    assert score(classifier, again, test)["top1"] == metrics["top1"]
+    classifier.train()
+    add_drop_path(classifier.denoiser, ["1", "2", "3", "4"], 0.9)
+    torch.manual_seed(0)
+    assert score(classifier, again, test)["top1"] != metrics["top1"], "which would be another figure"
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
