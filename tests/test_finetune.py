@@ -515,6 +515,20 @@ def test_the_adapter_is_peft_s(tiny: Recipe, base: Path, tmp_path: Path) -> None
     torch.testing.assert_close(output(pipeline, [0, 1]), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_lora_is_drawn_by_the_recipe_s_seed(tiny: Recipe, base: Path, tmp_path: Path) -> None:
+    words = [f"init={base}", *LORA, "training.steps=1", "training.lr=1e-12", "training.ema=[]"]  # it hardly moves
+    drawn = []
+    for number, seed in enumerate((0, 1, 0)):
+        run = tmp_path / str(number)
+        mezzotint.train(override_recipe(tiny, [*words, f"seed={seed}"]), run, quiet=True)
+        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+        drawn.append(adapter["base_model.model.blocks.0.mlp.fc1.lora_A.weight"])
+        config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+
+
 def test_lora_returns_what_it_saved_and_leaves_random_numbers_alone(tiny: Recipe, base: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)

@@ -137,6 +137,32 @@ def test_every_decay_has_its_file(tiny: Recipe, tmp_path: Path) -> None:
         mezzotint.load(tmp_path / "run", weights="ema")
 
 
+def test_a_further_average_is_that_of_its_own_decay(tiny: Recipe, tmp_path: Path) -> None:
+    """After one step from w0 to w1, each is d·w0 + (1 − d)·w1."""
+    recipe = override_recipe(tiny, ["training.ema=[0.5, 0.99]", "training.ema_warmup=false", "training.steps=1"])
+    recipe = override_recipe(recipe, ["training.lr=0.1", "backbone.num_classes=10"])
+    mezzotint.train(recipe, tmp_path / "run", quiet=True)
+    half, most = (mezzotint.load(tmp_path / "run", weights=name) for name in ("model", "model-ema-0.99"))
+    start = mezzotint.build(recipe).denoiser.state_dict()
+    for name, tensor in most.denoiser.state_dict().items():
+        end = 2 * half.denoiser.state_dict()[name] - start[name]
+        torch.testing.assert_close(tensor, 0.99 * start[name] + 0.01 * end, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_is_of_the_average_on_all_whole_batches(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["training.ema=[0.9]", "training.ema_warmup=false", "training.lr=0.1", "training.validate_every=6"]
+    mezzotint.train(override_recipe(tiny, words), run := tmp_path / "run", quiet=True)
+    logged = metrics(run, "loss/validation")[6]
+    average, seen, to_device = mezzotint.load(run), list[int](), loop.to_device
+    monkeypatch.setattr(
+        loop, "to_device", lambda batch, *more: seen.extend(batch.indices.tolist()) or to_device(batch, *more)
+    )
+    assert loop.validation_loss(average.recipe, average, tiny.data.load("test")) == pytest.approx(logged, rel=1e-5)
+    assert len(set(seen)) == len(seen) == 768, "three batches of 256 of the 899 held-out digits"
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
