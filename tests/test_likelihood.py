@@ -150,6 +150,22 @@ def test_asks_within_the_range(path: str) -> None:
     assert max(model.asked) <= high
 
 
+def test_the_tolerances_are_what_they_are_called() -> None:
+    """The integral begins at 0, where an absolute tolerance allows for larger steps than a relative one as large."""
+    asked = []
+    for tolerances in ({"rtol": 1e-9, "atol": 1e-3}, {"rtol": 1e-3, "atol": 1e-9}):
+        model = ExactModel(gaussian(), PATHS["linear"])
+        log_likelihood(model, X, divergence="exact", **tolerances)
+        asked.append(len(model.asked))
+    assert asked[0] < asked[1]
+
+
+def test_the_margin_is_where_the_integral_begins() -> None:
+    model = ExactModel(gaussian(), PATHS["vp"])
+    log_likelihood(model, X, divergence="exact", rtol=1e-2, atol=1e-2, eps=0.1)
+    assert min(model.asked) == pytest.approx(0.1)
+
+
 def test_bits_per_dim() -> None:
     """A uniform density on [−1, 1] (widened by half a bin each side) spends log2 of the number of levels."""
     for levels in (2, 8, 256):

@@ -634,6 +634,8 @@ def test_bootstrap_of_a_mean() -> None:
     narrow = bootstrap(np.mean, values, samples=2000, level=0.5)
     assert interval.low < narrow.low < narrow.high < interval.high
     assert bootstrap(np.mean, values, samples=2000) == interval
+    assert bootstrap(np.mean, values, samples=2000, seed=1) != interval
+    assert bootstrap(np.mean, values, samples=1000) != interval
 
 
 def test_bootstrap_resamples_rows_of_each_array_or_of_pairs() -> None:

@@ -335,6 +335,28 @@ def test_impossible_probes() -> None:
         knn_probe(one, one, 2, k=1, temperature=0)
 
 
+def test_the_seed_of_a_linear_probe_is_that_of_its_weights_and_order() -> None:
+    one, other = (LinearProtocol(seed=seed) for seed in (0, 1))
+    first, second = (probes.LinearProbe(4, 3, 10, protocol).head.weight for protocol in (one, other))
+    assert not torch.allclose(first, second)
+    assert not torch.equal(one.order(20_000).indices(0), other.order(20_000).indices(0))
+
+
+def test_a_linear_probe_judges_an_example_by_itself() -> None:
+    train, test = blobs(4, 12, 50, 0.4)
+    probe = probes.LinearProbe(12, 4, 200, LinearProtocol())
+    for _ in range(3):
+        probe.step(*train)
+    torch.testing.assert_close(probe(test.features[:1]), probe(test.features)[:1])
+
+
+def test_a_temperature_decides_between_one_near_neighbour_and_two_others() -> None:
+    train = Labelled(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]]), torch.tensor([0, 1, 1]))
+    test = Labelled(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert knn_probe(train, test, 2, k=3, temperature=0.1)["top1"] == 1
+    assert knn_probe(train, test, 2, k=3, temperature=10.0)["top1"] == 0
+
+
 # ---- A model's -------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +411,24 @@ def test_another_layer_costs_one_more_pass_and_noise_is_an_images_own(
     assert torch.equal(both["1"].features, some.features), "that one was kept"
     held_out = probing.features_of(view, few, probing.TEST, cache=False)["1"]
     assert not torch.allclose(held_out.features, some.features), "another split, other noise"
+
+
+def test_what_is_asked_of_each_probe_arrives(pipeline: library.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    for name in ("linear_probe", "knn_probe", "ridge_probe"):
+
+        def asked(train: Labelled, test: Labelled, classes: int, name: str = name, **options: Any) -> dict[str, float]:
+            given[name] = len(train.labels), options
+            return {"top1": 0.0}
+
+        monkeypatch.setattr(probing, name, asked)
+    options = {"k": 5, "epochs": 7, "optimizer": "lars", "seed": 3, "count": 30}
+    library.probe(pipeline, probes=["linear", "knn", "ridge"], **options)
+    assert given == {
+        "linear_probe": (30, {"protocol": LinearProtocol(7, "lars", 3)}),
+        "knn_probe": (30, {"k": 5}),
+        "ridge_probe": (30, {"seed": 3}),
+    }
 
 
 def test_augmented_probes(pipeline: library.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,55 @@ def test_intervals_and_infinity_belong_to_the_distance(pipeline: mezzotint.Pipel
     low, high = scores["FD-quarters, 95 % interval"]
     assert low < high
     assert scores["FD-quarters at N = ∞"] < scores["FD-quarters"], "the bias of few samples is taken out"
+
+
+def scored(pipeline: mezzotint.Pipeline, **options: object) -> dict[str, object]:
+    network = FeatureNetwork("quarters (test)", means, cacheable=False)
+    with torch.no_grad():  # a flow that is solved in a few steps
+        for name, parameter in mezzotint.build(pipeline.recipe).denoiser.named_parameters():
+            generator = torch.Generator().manual_seed(0)
+            noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+            pipeline.denoiser.get_parameter(name).copy_(parameter + noise)
+    asked = {"features": network, "count": 40, "guidance": 2.0, "steps": 2, "intervals": 10, "likelihood": 3} | options
+    return evaluate(pipeline, **asked)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def usual(pipeline: mezzotint.Pipeline) -> dict[str, object]:
+    return scored(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "where"),
+    [
+        ("count", 30, "samples guided"), ("guidance", 3.0, "guided"), ("steps", 3, "samples guided"),
+        ("sampler", "ddim", "samples guided"), ("seed", 1, "samples guided bits_per_dim"),
+        ("intervals", 20, "samples guided"), ("rows", 20, "samples guided"), ("infinity", True, "samples guided"),
+        ("likelihood", 4, "bits_per_dim"), ("batch_size", 2, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_is_of_its_figures(
+    pipeline: mezzotint.Pipeline, usual: dict[str, Any], option: str, value: object, where: str
+) -> None:
+    """Samples, guided samples and bits per dimension change where they depend on it, and nowhere else."""
+    found: dict[str, Any] = scored(pipeline, **{option: value})
+
+    def figures_of(scores: dict[str, Any]) -> dict[str, Any]:
+        sets = {name: dict(scores["sets"][name]) for name in ("samples", "guided")}
+        for values in sets.values():
+            values.pop("source")
+            values["low"], values["high"] = values.pop("FD-quarters, 95 % interval")
+        return {**sets, "bits_per_dim": scores["bits_per_dim"]}
+
+    before, after = figures_of(usual), figures_of(found)
+    changed = {name for name in before if after[name] != pytest.approx(before[name], rel=1e-5)}
+    assert changed == set(where.split())
+
+
+def test_the_weights_of_a_feature_network_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match="my-inception"):
+        evaluate("digits", "digits", features="inception", weights=tmp_path / "my-inception.pth")
 
 
 def test_the_inception_score_does_not_depend_on_the_order_of_the_classes() -> None:
