@@ -165,18 +165,6 @@ TRAINING = [
             'own = {"weight_decay": settings.weight_decay}',
             "diffussm training",
         ),
-        ("no warm-up", "if step < settings.warmup_steps:", "if step < 0:"),
-        ("warm-up begins at zero", "(step + 1) / settings.warmup_steps", "step / settings.warmup_steps"),
-        (
-            "linear and cosine decays are mixed up",
-            'settings.lr_schedule == "linear" else',
-            'settings.lr_schedule == "cosine" else',
-        ),
-        (
-            "a decay does not know of the warm-up",
-            "max(1, settings.steps - settings.warmup_steps)",
-            "max(1, settings.steps)",
-        ),
         ("dropout is not in training mode", "pipeline.denoiser.train()", "pipeline.denoiser"),
         (
             "the further averages are the weights",
@@ -240,6 +228,7 @@ TRAINING = [
             '"guidance": True, "description": True}',
             '"guidance": True, "description": True, "objective": True}',
         ),
+        ("the steps of a decay may change without --override", "        if not override:\n", "        if False:\n"),
         ("ema may not be overridden", ', "training.compile", "training.ema")', ', "training.compile")'),
         ("the record forgets the text encoder", 'getattr(reader, "digest", None)', "None", "resume captioned_models"),
         (
@@ -1691,11 +1680,19 @@ RECIPES = [
             "representation.model_copy()",
             "latents",
         ),
+        ("overrides of a run are dropped", "return override_recipe(recipe, overrides)", "return recipe"),
+    ),
+    *_in(
+        "recipe.py",
+        "training resume stages",
+        ("no warm-up", "if step < self.warmup_steps:", "if step < 0:"),
+        ("warm-up begins at zero", "(step + 1) / self.warmup_steps", "step / self.warmup_steps"),
         (
-            "overrides of a file are dropped",
-            "return override_recipe(Recipe.parse(_read(source)), overrides)",
-            "return Recipe.parse(_read(source))",
+            "linear and cosine decays are mixed up",
+            '1 - progress if self.lr_schedule == "linear"',
+            '1 - progress if self.lr_schedule == "cosine"',
         ),
+        ("a decay does not know of the warm-up", "max(1, self.steps - self.warmup_steps)", "max(1, self.steps)"),
     ),
 ]
 
@@ -1742,6 +1739,13 @@ COMMANDS = [
         ("override is dropped", "            override=override,\n", "", "every_option resume cli"),
         ("data_changed is dropped", "            data_changed=data_changed,\n", "", "every_option resume cli"),
         ("trust_code is dropped", "trust_code=trust_code or", "trust_code=False or", "every_option cli tokenizers"),
+    ),
+    *_in(
+        "cli/resume.py",
+        "every_option resume cli",
+        ("the steps are dropped", "            steps=steps,\n", ""),
+        ("override is dropped", "            override=override,\n", ""),
+        ("overrides are dropped", "            overrides or [],\n", "            [],\n"),
     ),
     *_in(
         "cli/evaluate.py",
