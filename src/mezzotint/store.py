@@ -46,6 +46,22 @@ class Store:
                 [(key, zlib.crc32(data), data) for key, data in rows.items()],
             )
 
+    def remove(self, patience: float = 5.0) -> bool:
+        """Remove the file, when no process reads or writes it; False where one still does after `patience` seconds.
+
+        Another that has it open loses what it writes from then on. Raises `OSError` where the file is not ours.
+        """
+        try:
+            with closing(sqlite3.connect(self.path, timeout=patience)) as database:
+                database.execute("BEGIN EXCLUSIVE")
+                self.path.unlink(missing_ok=True)
+        except sqlite3.Error as error:
+            if "locked" in str(error):
+                return False
+            self.path.unlink(missing_ok=True)  # damaged: nobody can use it
+        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # of one that was killed
+        return True
+
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         """A connection for this call alone: none may be carried into another process or thread."""

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from rich.logging import RichHandler
 
 from mezzotint.cli import (
+    cache,
     convert,
     cost,
     denoise,
     encode,
+    env,
     evaluate,
     export_vit,
     finetune,
@@ -39,7 +41,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Sample and score": (sample.sample, evaluate.evaluate, sweep.sweep, study.study),
     "Look inside": (probe.probe, denoise.denoise, cost.cost),
     "Weights and files": (encode.encode, convert.convert, export_vit.export_vit),
-    "About": (recipes.recipes,),
+    "About": (recipes.recipes, env.env, cache.cache),
 }
 for title, commands in COMMANDS.items():
     for command in commands:
