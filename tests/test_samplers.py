@@ -713,6 +713,15 @@ def test_evaluations_are_the_calls(path: str, name: str, last_step: str) -> None
     assert len(states) == 7
 
 
+def test_margin_and_last_step_are_as_large_as_is_said() -> None:
+    """Data cannot be told from noise at t = 1, nor a score from a velocity at t = 0."""
+    noise, velocity = (ExactModel(gaussian(), PATHS["linear"], target) for target in ("noise", "velocity"))
+    for name in ("ddim", "dpm-solver++", "ode-euler"):
+        assert Sampler(sampler=name, steps=4, eps=0.1).times(noise)[0] == pytest.approx(0.9)
+    assert Sampler(sampler="sde", steps=4, eps=0.1, last_step="none").times(velocity)[-1] == pytest.approx(0.1)
+    assert Sampler(sampler="sde", steps=4, last_step_size=0.2).times(velocity)[-2:] == pytest.approx([0.2, 0])
+
+
 def test_evaluations_by_hand() -> None:
     regular, singular = (ExactModel(gaussian(), PATHS[name]) for name in ("linear", "vp"))
     assert Sampler(sampler="ode-heun", steps=10).evaluations(regular) == 20
