@@ -25,10 +25,11 @@ from mezzotint.data.base import InMemoryImages
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.captions import caption_agreement, score_captions
 from mezzotint.evaluation.features import feature_network
+from mezzotint.evaluation.scores import evaluate
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.objectives import Objective
 from mezzotint.pipeline import conditional_model
-from mezzotint.recipe import Recipe, load_recipe, override_recipe, resolve
+from mezzotint.recipe import DataSettings, Recipe, load_recipe, override_recipe, resolve
 from mezzotint.samplers import example_generators
 from mezzotint.training import loop
 
@@ -412,14 +413,18 @@ def test_captions_of_a_folder_are_remembered(described: Path, pictures: Path) ->
 def test_scored_samples_are_those_of_the_captions(described: Path) -> None:
     """The same agreement as of `sample`'s images of these captions against their pictures."""
     pipeline, network = mezzotint.load(described), feature_network("pixels")
-    dataset = pipeline.recipe.data.load("test")
-    scores = score_captions(pipeline, dataset, network, count=12, batch_size=5)  # type: ignore[arg-type]
+    stir(pipeline.denoiser)
+    dataset, asked = pipeline.recipe.data.load("test"), {"guidance": 3.0, "seed": 4, "steps": 2}
+    scores = score_captions(pipeline, dataset, network, count=12, batch_size=5, **asked)  # type: ignore[arg-type]
     assert scores["captions"] == 12
     captions = [caption for (caption,) in dataset.captions(range(12))]  # type: ignore[union-attr]
-    drawn = mezzotint.sample(pipeline, prompts=captions, count=12)
+    drawn = mezzotint.sample(pipeline, prompts=captions, count=12, **asked)  # type: ignore[arg-type]
     features = ((drawn.clamp(-1, 1) + 1) * 127.5).round().flatten(1)
     real = torch.stack([dataset[i][0] for i in range(12)]).float().flatten(1)  # type: ignore[index]
     assert scores["caption agreement"] == pytest.approx(caption_agreement(features, real).mean().item())
+    every = evaluate(pipeline, reference=DataSettings(), features=network, count=20, captions=12, **asked)  # type: ignore[arg-type]
+    assert every["captions, test"] == scores
+    assert score_captions(pipeline, dataset, network, count=11)["captions"] == 11  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_scored(described: Path, pipeline: mezzotint.Pipeline) -> None:

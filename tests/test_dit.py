@@ -124,6 +124,8 @@ def test_timestep_embedding_formula(dtype: torch.dtype) -> None:
     sinusoids = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1)).float()
     expected = second(nn.functional.silu(first(sinusoids)))
     torch.testing.assert_close(embedding(t.to(dtype)), expected, rtol=1e-4, atol=1e-4)
+    known = torch.tensor([1.0, 250.0])  # in 8 bits, too
+    torch.testing.assert_close(embedding(known.bfloat16()), embedding(known), rtol=1e-6, atol=1e-6)
 
 
 def test_time_keeps_its_precision_in_bfloat16() -> None:
