@@ -34,13 +34,13 @@ class Fault(NamedTuple):
 
 
 def _in(file: str, tests: str, *changes: tuple[str, ...]) -> list[Fault]:
-    """Faults of one file. changes: name, old, new and, where they are others than `tests`, the tests.
+    """Faults of one file. changes: name, old, new and, where there are likelier ones than `tests`, these.
 
     tests: the words between test_ and .py, with blanks between.
     """
     found = []
     for name, old, new, *own in changes:
-        words = (own[0] if own else tests).split()
+        words = dict.fromkeys(" ".join([*own, tests]).split())
         found.append(Fault(name, file, old, new, tuple(f"test_{word}.py" for word in words)))
     return found
 
@@ -48,7 +48,7 @@ def _in(file: str, tests: str, *changes: tuple[str, ...]) -> list[Fault]:
 TRAINING = [
     *_in(
         "training/loop.py",
-        "training stages resume",
+        "every_key right_values training stages resume",
         ("betas are dropped", "            betas=settings.betas,\n", ""),
         ("weight decay is dropped", "weight_decay=settings.weight_decay", "weight_decay=0.0"),
         (
@@ -198,7 +198,7 @@ TRAINING = [
     ),
     *_in(
         "training/ema.py",
-        "training resume",
+        "every_key right_values training resume",
         ("the decay is not capped", "decay = min(decay, (1 + step) / (10 + step))", "pass"),
         ("all averages have the first decay", "source, 1 - decay)", "source, 1 - self.decays[0])"),
         (
@@ -221,7 +221,7 @@ TRAINING = [
     ),
     *_in(
         "training/run_folder.py",
-        "resume",
+        "every_key right_values resume",
         ("lr may change on resume", '("steps", "log_every",', '("steps", "lr", "log_every",'),
         (
             "any key of the objective may change on resume",
@@ -242,7 +242,7 @@ TRAINING = [
     ),
     *_in(
         "training/checkpoints.py",
-        "resume damage training",
+        "every_key right_values resume damage training",
         (
             "checksums are not compared",
             "if checksum is not None and file_checksum(path / name) != checksum:",
@@ -252,7 +252,7 @@ TRAINING = [
     ),
     *_in(
         "training/finetune.py",
-        "finetune",
+        "every_key right_values finetune",
         ("LoRA's alpha is dropped", "settings.rank if settings.alpha is None else settings.alpha", "settings.rank"),
         ("LoRA's targets are dropped", "chosen = settings.targets\n", "chosen = None\n"),
         ("LoRA's seed is dropped", "mix(seed, LORA_STREAM)", "mix(0, LORA_STREAM)"),
@@ -273,7 +273,7 @@ TRAINING = [
     ),
     *_in(
         "training/tokenizers.py",
-        "tokenizers",
+        "every_key right_values tokenizers",
         (
             "the number of images is dropped",
             "sampled_batches(dataset, info.fit.examples, info.fit.batch_size, recipe)",
@@ -320,7 +320,7 @@ TRAINING = [
 MATHEMATICS = [
     *_in(
         "objectives.py",
-        "objectives",
+        "every_key right_values objectives",
         (
             "condition dropout is 0.1",
             "self.condition_dropout = condition_dropout if",
@@ -346,7 +346,7 @@ MATHEMATICS = [
     ),
     *_in(
         "weightings.py",
-        "weightings objectives",
+        "every_key right_values weightings objectives",
         ("gamma is 5", "clamp(max=min_snr_gamma)", "clamp(max=5.0)"),
         (
             "the margin is 1e-3",
@@ -370,7 +370,7 @@ MATHEMATICS = [
     ),
     *_in(
         "interpolants.py",
-        "interpolants recipe",
+        "every_key right_values interpolants recipe",
         ("beta_min is dropped", "VP(beta_min, beta_max)", "VP(0.1, beta_max)"),
         ("beta_max is dropped", "VP(beta_min, beta_max)", "VP(beta_min)"),
         ("the steps of ddpm are 1,000", "Discrete(linear_betas(num_steps))", "Discrete(linear_betas())"),
@@ -400,7 +400,7 @@ MATHEMATICS = [
     ),
     *_in(
         "denoiser.py",
-        "targets dit pipeline objectives",
+        "every_key right_values targets dit pipeline objectives",
         (
             "the offset of time is dropped in training",
             "network_time = (scale * t + offset)",
@@ -422,7 +422,7 @@ MATHEMATICS = [
     ),
     *_in(
         "guidance.py",
-        "guidance",
+        "every_key right_values guidance",
         ("guidance acts at all times", "inside = everywhere or", "inside = True or"),
         (
             "all channels are guided",
@@ -432,7 +432,7 @@ MATHEMATICS = [
     ),
     *_in(
         "samplers/__init__.py",
-        "samplers threshold pipeline",
+        "every_key right_values samplers threshold pipeline",
         ("eta is dropped", "generator=generator, eta=self.eta)", "generator=generator)"),
         ("the variance is dropped", "generator=generator, variance=variance)", "generator=generator)"),
         ("the diffusion is dropped", "                    diffusion=self.diffusion,\n", ""),
@@ -510,7 +510,7 @@ MATHEMATICS = [
 MODELS = [
     *_in(
         "pipeline.py",
-        "pipeline samplers guidance",
+        "every_key right_values pipeline samplers guidance",
         ("the precision is dropped", ".to(PRECISIONS[precision])", ".to(torch.float32)", "pipeline cli"),
         ("compile is ignored", "        if compiled:\n", "        if False:\n", "pipeline cli"),
         ("slicing is dropped", 'model_dump(exclude={"fit"})', 'model_dump(exclude={"fit", "slicing"})', "latents"),
@@ -624,7 +624,7 @@ MODELS = [
     ),
     *_in(
         "backbones/dit.py",
-        "dit interop",
+        "every_key right_values dit interop",
         ("freq_shift is dropped", "TimestepEmbedding(width, freq_shift)", "TimestepEmbedding(width)"),
         ("mlp_ratio is dropped", "(width, heads, mlp_ratio, **own)", "(width, heads, 4.0, **own)"),
         (
@@ -649,7 +649,7 @@ MODELS = [
     ),
     *_in(
         "backbones/layers.py",
-        "dit text",
+        "every_key right_values dit text",
         (
             "masks are dropped",
             "F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
@@ -665,7 +665,7 @@ MODELS = [
     ),
     *_in(
         "backbones/diffussm.py",
-        "diffussm text captioned_models",
+        "every_key right_values diffussm text captioned_models",
         ("all blocks have the first scan", "scan[k % len(scan)]", "scan[0]"),
         ("the state is 64", "                    state=state,\n", ""),
         ("the initialisation is dropped", "                    initialisation=initialisation,\n", ""),
@@ -696,7 +696,7 @@ MODELS = [
     ),
     *_in(
         "backbones/unet.py",
-        "unet",
+        "every_key right_values unet",
         ("dropout is dropped", "nn.Dropout(dropout)", "nn.Dropout(0.0)"),
         ("groups are 32", "math.gcd(width, groups)", "math.gcd(width, 32)"),
         ("padding is always masked", "mask[:, None, None] if self.masked else None", "mask[:, None, None]"),
@@ -717,7 +717,7 @@ MODELS = [
     ),
     *_in(
         "backbones/nested.py",
-        "nested stages",
+        "every_key right_values nested stages",
         ("the input is not normalised", "        if self.normalise_input:\n", "        if False:\n"),
         ("time_frequencies is dropped", "time_frequencies=time_frequencies or int(", "time_frequencies=int("),
         ("masked_text is dropped", "text_width or time_width, masked_text)", "text_width or time_width, True)"),
@@ -727,7 +727,7 @@ MODELS = [
     ),
     *_in(
         "backbones/s4d.py",
-        "diffussm",
+        "every_key right_values diffussm",
         ("the discretisation is always zoh", 'if self.discretisation == "zoh":', "if True:"),
     ),
     *_in(
@@ -770,7 +770,7 @@ MODELS = [
     ),
     *_in(
         "representations/kl.py",
-        "latents",
+        "every_key right_values latents",
         (
             "the scale is the autoencoder's",
             "self.scale = own_scale if scale is None else scale",
@@ -793,7 +793,7 @@ MODELS = [
     ),
     *_in(
         "representations/tokenizer.py",
-        "tokenizers ldae",
+        "every_key right_values tokenizers ldae",
         ("nothing is whitened", "if not self.info.fit.whiten:", "if True:"),
         ("the posterior is not that of x", "log_variance = log_variance - 2 * self.latent_scale.log()", "pass"),
         ("layers are 2", "            layers_per_block=fit.layers,\n", "            layers_per_block=2,\n"),
@@ -821,7 +821,7 @@ MODELS = [
 DATA = [
     *_in(
         "data/base.py",
-        "data captions pictures",
+        "every_key right_values data captions pictures",
         ("an identity forgets the classes", 'hashlib.sha256(name_bytes("\\0".join(class_names)))', "hashlib.sha256()"),
         ("an identity forgets the shape", "-{shape}-{split}-{digest", "-1x1x1-{split}-{digest"),
         (
@@ -916,7 +916,7 @@ DATA = [
     ),
     *_in(
         "data/folder.py",
-        "data",
+        "every_key right_values data",
         (
             "an identity forgets the background",
             "repr(colour).encode()]\n    return DecodedImages(\n        PictureFiles(samples),",
@@ -939,7 +939,7 @@ DATA = [
     ),
     *_in(
         "data/captions.py",
-        "captions",
+        "every_key right_values captions",
         (
             "the column is dropped",
             "captioned_files(root, metadata, caption_column, IMAGES)",
@@ -965,7 +965,7 @@ DATA = [
     ),
     *_in(
         "data/tar_shards.py",
-        "captions data",
+        "every_key right_values captions data",
         (
             "shuffle_buffer is dropped",
             "self.shards, self.shuffle_buffer = tuple(shards), shuffle_buffer",
@@ -989,7 +989,7 @@ DATA = [
     ),
     *_in(
         "data/huggingface.py",
-        "data captions",
+        "every_key right_values data captions",
         ("the configuration is dropped", "_load_parts(path, config, streaming)", "_load_parts(path, None, streaming)"),
         ("shuffle_buffer is dropped", "buffer_size=self.shuffle_buffer)", "buffer_size=1000)"),
         ("the seed is dropped", "self.dataset.shuffle(seed=seed,", "self.dataset.shuffle(seed=0,"),
@@ -1014,7 +1014,7 @@ DATA = [
     ),
     *_in(
         "data/video.py",
-        "video_data",
+        "every_key right_values video_data",
         ("frame_stride is dropped", "VideoFiles(samples, frames, frame_stride)", "VideoFiles(samples, frames, None)"),
         (
             "an identity forgets the stride",
@@ -1035,7 +1035,7 @@ DATA = [
     ),
     *_in(
         "data/digit_clips.py",
-        "video_data clips",
+        "every_key right_values video_data clips",
         ("test clips are made of the same numbers", 'default_rng(0 if split == "train" else 1)', "default_rng(0)"),
         ("labels are always used", "names = source.class_names if labels else ()", "names = source.class_names"),
     ),
@@ -1487,7 +1487,7 @@ EVALUATION = [
     ),
     *_in(
         "evaluation/end_to_end.py",
-        "classification baselines",
+        "every_key right_values classification baselines",
         ("betas are dropped", "betas=settings.betas, fused", "fused"),
         (
             "weight decay is dropped",
@@ -1528,7 +1528,7 @@ EVALUATION = [
     ),
     *_in(
         "evaluation/mae.py",
-        "baselines",
+        "every_key right_values baselines",
         ("the mask's ratio is dropped", '"mask_ratio": settings.mask_ratio,', '"mask_ratio": 0.75,'),
         ("pixels are always standardised", '"norm_pix_loss": settings.norm_pix_loss,', '"norm_pix_loss": True,'),
         ("betas are dropped", "        betas=settings.betas,\n", ""),
@@ -1661,7 +1661,7 @@ EVALUATION = [
 RECIPES = [
     *_in(
         "recipe.py",
-        "recipe stages",
+        "every_key right_values recipe stages",
         (
             "a stage's settings are dropped",
             'self.model_copy(update={**given, "stages": ()})',
@@ -1684,7 +1684,7 @@ RECIPES = [
     ),
     *_in(
         "recipe.py",
-        "training resume stages",
+        "every_key right_values training resume stages",
         ("no warm-up", "if step < self.warmup_steps:", "if step < 0:"),
         ("warm-up begins at zero", "(step + 1) / self.warmup_steps", "step / self.warmup_steps"),
         (
