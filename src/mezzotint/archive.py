@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, parse_json, tensors_digest, write_text
+from mezzotint.files import atomic_path, parse_json, write_text
 from mezzotint.images import adm_pixels
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.progress import console
@@ -120,7 +120,7 @@ def _plan(
         "seed": seed,
         "negative_prompt": negative_prompt,
         "labels": None if labels is None else hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16],
-        "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),
+        **pipeline.digests,
         "recipe": json.loads(json.dumps(recipe)),
     }
 

@@ -19,13 +19,13 @@ from mezzotint.conditions.encoders import TextEncoder
 from mezzotint.conditions.text import Bytes, Captioner, Text
 from mezzotint.denoiser import Denoiser
 from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_path, parse_json, read_tensors, save_tensors
+from mezzotint.files import atomic_path, parse_json, read_tensors, save_tensors, tensors_digest
 from mezzotint.finite import check_finite, nonfinite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
 from mezzotint.recipe import Recipe, load_recipe
-from mezzotint.representations import Pyramid, Representation, representation
+from mezzotint.representations import KLAutoencoder, Pyramid, Representation, representation
 from mezzotint.representations.image_space import ImageSpace
 from mezzotint.representations.tokenizer import PatchTokenizer
 from mezzotint.samplers import Sampler, example_generators, randn
@@ -81,6 +81,19 @@ class Pipeline:
         made = representation(**self.recipe.representation.model_dump(exclude={"fit"}), device=self.device)
         shapes = self.denoiser.level_shapes
         return made if len(shapes) == 1 else Pyramid(made, shapes)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Tells apart by content what it computes with: weights, tokenizer or autoencoder, text encoder.
+
+        The recipe names files, which may change behind their names. Reads what is not read yet.
+        """
+        parts = {"representation": getattr(self.representation, "base", self.representation)}
+        parts |= {"captioner": self.captioner} if self.denoiser.text else {}
+        found = {name: part.digest for name, part in parts.items() if hasattr(part, "digest")}
+        if isinstance(autoencoder := parts["representation"], KLAutoencoder):
+            found["scaling"] = repr(autoencoder.scaling)
+        return {"weights": tensors_digest(self.denoiser.backbone.state_dict()), **found}
 
     @cached_property
     def captioner(self) -> Captioner:

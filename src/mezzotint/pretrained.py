@@ -17,6 +17,21 @@ WEIGHTS = "diffusion_pytorch_model"
 #: for transformers' Auto classes: no code beside a model is imported; unsaid, they would ask the user in between
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
+#: of a model's configuration, what changes its numbers and is not seen in its weights; all of it would change with
+#: transformers' version
+NOT_IN_WEIGHTS = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+
+
+def not_in_weights(config: Any) -> dict[str, Any]:
+    """What tells apart models of transformers of the same weights, by its key in `config` or in a part of it."""
+
+    def found(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        parts = (found(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict))
+        own = {prefix + key: values[key] for key in NOT_IN_WEIGHTS if key in values}
+        return own | {key: value for part in parts for key, value in part.items()}
+
+    return dict(sorted(found(config.to_dict()).items()))
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `MezzotintError` where it is missing or damaged."""

@@ -37,7 +37,7 @@ from mezzotint.evaluation.sources import (
 )
 from mezzotint.evaluation.statistics import FeatureStatistics
 from mezzotint.files import tensors_digest
-from mezzotint.pretrained import NO_CODE, from_hub, transformers_for
+from mezzotint.pretrained import NO_CODE, from_hub, not_in_weights, transformers_for
 from mezzotint.progress import track
 from mezzotint.recipe import DataSettings
 from mezzotint.representations.pca import Moments, principal_components
@@ -407,7 +407,7 @@ def _transformer(kind: str, weights: str | Path | None, device: torch.device | s
         )
     network.requires_grad_(False).eval().float()  # transformers keeps a file's half precision
     prepare = _preprocessing(kind, source, processor)
-    digest = tensors_digest(network.state_dict(), prepare)
+    digest = tensors_digest(network.state_dict(), prepare, not_in_weights(network.config))
     network.to(device)
 
     if kind == "dinov2":

@@ -27,7 +27,7 @@ from mezzotint.interop.hub import is_name
 from mezzotint.interop.vit import processor_config
 from mezzotint.locks import claimed
 from mezzotint.pipeline import PRECISIONS
-from mezzotint.pretrained import NO_CODE, from_hub, quiet, transformers_for
+from mezzotint.pretrained import NO_CODE, from_hub, not_in_weights, quiet, transformers_for
 from mezzotint.progress import track
 from mezzotint.randomness import generator_for, mix
 from mezzotint.recipe import Recipe, TrainingSettings
@@ -234,7 +234,7 @@ class MAE:
         config, self._network = network.config, network
         self.device: torch.device = network.device
         self.layers = tuple(str(k) for k in range(1, config.num_hidden_layers + 1))
-        digest = tensors_digest(network.state_dict(), list(mean), list(std))
+        digest = tensors_digest(network.state_dict(), list(mean), list(std), not_in_weights(config))
         self.name = f"mae ({len(self.layers)} layers of {config.hidden_size}, {digest})"
         self.name += "" if precision == "fp32" else f" in {precision}"
         self._mean, self._std = (torch.tensor(list(v), device=self.device).view(1, -1, 1, 1) for v in (mean, std))

@@ -38,7 +38,7 @@ from mezzotint.evaluation.probe import (
 from mezzotint.evaluation.sources import DatasetSource, image_source
 from mezzotint.evaluation.sweep import figure_class
 from mezzotint.features import check_time, chosen_layers, layers_of, pooled_features
-from mezzotint.files import atomic_path, cache_folder, keep, read_tensors, save_tensors, tensors_digest
+from mezzotint.files import atomic_path, cache_folder, keep, read_tensors, save_tensors
 from mezzotint.pipeline import Pipeline
 from mezzotint.progress import track
 from mezzotint.randomness import mix
@@ -203,9 +203,8 @@ def model_view(pipeline: Pipeline, layers: Sequence[str | int], t: float, noise:
 
     words = {"interpolant", "time_input", "representation", "backbone", "condition"}
     key = [
-        tensors_digest(denoiser.backbone.state_dict()),
+        pipeline.digests,
         pipeline.recipe.model_dump(mode="json", include=words),
-        getattr(getattr(space, "base", space), "digest", None),  # files may change behind their names
         t,
         seed if noise else None,
     ]

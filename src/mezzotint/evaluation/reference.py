@@ -27,7 +27,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract, is_inception
 from mezzotint.evaluation.sources import ImageSource, image_source, of_first
 from mezzotint.evaluation.statistics import FeatureStatistics
-from mezzotint.files import atomic_path, cache_folder, keep
+from mezzotint.files import atomic_path, cache_folder, keep, tensors_digest
 from mezzotint.finite import check_finite
 from mezzotint.recipe import DataSettings
 
@@ -44,7 +44,7 @@ class Reference:
     network: str
     """The network's name."""
     source: str
-    """The identity of the images; of a file of statistics alone, its name."""
+    """The identity of the images; of a file of statistics, its name and a digest of them."""
     statistics: dict[str, FeatureStatistics]
     """Of "features", and of "spatial" where the network has them."""
     rows: Tensor
@@ -107,6 +107,7 @@ def reference_statistics(
     if rows < 0:
         raise MezzotintError(f"rows must be at least 0, got {rows}")
     known: dict[str, FeatureStatistics] = {}
+    named = ""
     if isinstance(source, str | Path) and Path(source).suffix == ".npz" and Path(source).expanduser().is_file():
         path = Path(source).expanduser()
         with _reading(path) as arrays:
@@ -115,8 +116,9 @@ def reference_statistics(
                 return _saved(path, str(arrays["network"]), network, rows)
             if "mu" in names and is_inception(network.name):
                 known = _statistics(arrays, path)
+        named = f"{path.name} ({_digest(known)})"
         if known and not rows:
-            return Reference(network.name, path.name, known, torch.empty(0, network.dim or 0), torch.empty(0).long())
+            return Reference(network.name, named, known, torch.empty(0, network.dim or 0), torch.empty(0).long())
         if "mu" in names and "arr_0" not in names:
             needed = f"{rows} rows of features" if known else f"the network {network.name!r}"
             raise MezzotintError(
@@ -125,7 +127,7 @@ def reference_statistics(
             )
     images = image_source(source, **options)
     reference = _cached(images, network, rows, batch_size, cache, progress)
-    return replace(reference, statistics=known) if known else reference
+    return replace(reference, statistics=known, source=named) if known else reference
 
 
 def _cached(
@@ -152,6 +154,12 @@ def _cached(
             made = reference
             of_first(lambda: keep(file, made.save))
     return replace(reference, rows=reference.rows[:rows], indices=reference.indices[:rows])
+
+
+def _digest(known: Mapping[str, FeatureStatistics]) -> str:
+    """8 hexadecimal digits over statistics that were read from a file."""
+    arrays = {f"{key} {what}": getattr(known[key], what) for key in known for what in ("mean", "covariance")}
+    return tensors_digest(arrays)
 
 
 def _saved(path: Path, name: str, network: FeatureNetwork, rows: int) -> Reference:

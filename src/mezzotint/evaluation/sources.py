@@ -41,7 +41,6 @@ from mezzotint.data.transforms import (
     to_uint8,
 )
 from mezzotint.errors import MezzotintError, closest
-from mezzotint.files import tensors_digest
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.randomness import check_seed
@@ -568,9 +567,7 @@ class PipelineSource(ImageSource):
         recipe = pipeline.recipe.model_dump(mode="json", exclude={"training", "data", "objective", "description"})
         sampler = Sampler.parse(pipeline.recipe.sampling.model_dump() | options).model_dump(mode="json")
         scale = guidance.model_dump(mode="json") if isinstance(guidance, Guidance) else guidance
-        plan = json.dumps(
-            [tensors_digest(pipeline.denoiser.backbone.state_dict()), recipe, sampler, scale, listed(self.labels)]
-        )
+        plan = json.dumps([pipeline.digests, recipe, sampler, scale, listed(self.labels)])
         name, shape = pipeline.recipe.name, (pipeline.recipe.image_channels, *2 * (pipeline.recipe.data.size,))
         self.identity = content_identity(name, f"samples-{count}-seed-{seed}", shape, (), [plan.encode()])
 

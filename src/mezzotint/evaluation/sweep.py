@@ -29,7 +29,7 @@ from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, decoded_alike, figures
 from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, gathered, of_first, place
-from mezzotint.files import atomic_path, parse_json, tensors_digest, write_text
+from mezzotint.files import atomic_path, parse_json, write_text
 from mezzotint.guidance import Guidance
 from mezzotint.locks import locked
 from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
@@ -52,6 +52,8 @@ USED = {
     "sde-heun": _SDE,
 }
 PLAIN = ("steps", "spacing", "eps")
+#: and those of a threshold, of any of them
+THRESHOLD = {"none": (), "static": ("threshold",), "dynamic": ("threshold", "threshold_quantile")}
 
 
 def parse_axes(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
@@ -203,7 +205,7 @@ class _Cell:
     @property
     def plan(self) -> dict[str, Any]:
         """What the samples depend on."""
-        fields = USED.get(self.sampler.sampler, PLAIN)
+        fields = (*USED.get(self.sampler.sampler, PLAIN), *THRESHOLD[self.sampler.threshold])
         guided = self.guidance.scale != 1
         return {
             "sampler": {"sampler": self.sampler.sampler, **self.sampler.model_dump(mode="json", include=set(fields))},
@@ -265,10 +267,15 @@ def _meaningless(pipeline: Pipeline, cell: _Cell) -> str:
 def _plan(pipeline: Pipeline, network: FeatureNetwork, real: Reference, count: int, seed: int) -> dict[str, Any]:
     """What all cells' figures are a function of, besides the sampler and the guidance."""
     words = {"interpolant", "target", "variance", "time_input", "representation", "backbone"}
+    asked = {}
+    if pipeline.denoiser.text:
+        words.add("condition")
+        asked = {"prompts": pipeline.prompts}
     return {
         "version": VERSION,
-        "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),
+        **pipeline.digests,
         "recipe": pipeline.recipe.model_dump(mode="json", include=words),
+        **asked,
         "count": count,
         "seed": seed,
         "features": network.name,

@@ -80,6 +80,11 @@ class KLAutoencoder:
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
+    @property
+    def scaling(self) -> tuple[float, float | tuple[float, ...], tuple[float, ...] | None]:
+        """Scale, shift and std of `scaled_latents`, which are not in the digest."""
+        return self.scale, self.shift, self.std
+
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] to mean and log-variance, float32 (B, channels, H/stride, W/stride), unscaled.

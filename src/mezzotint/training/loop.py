@@ -54,8 +54,8 @@ logger = logging.getLogger("mezzotint")
 
 VALIDATION_EXAMPLES = 2048
 EXAMPLE_CAPTIONS = 64
-# Streams of random numbers, told apart by the second argument of `generator_for`.
-TRAINING, VALIDATION = 1, 2
+# Streams of random numbers, told apart by the second argument of `generator_for`; 3 and 4 are LoRA's and tokenizers'.
+TRAINING, VALIDATION, DROPOUT = 1, 2, 5
 
 
 def train(
@@ -149,7 +149,8 @@ def train(
         encoder = encoder_of(train_set, pipeline)
         if not isinstance(train_set, CachedLatents) or settings.sample_every:
             averaged.representation = pipeline.representation  # an autoencoder need not be in memory twice
-        autoencoder = encoder.digest if isinstance(encoder, KLAutoencoder) else None
+        base = getattr(encoder, "base", encoder)
+        autoencoder = base if isinstance(base, KLAutoencoder) else None
         if autoencoder is not None:
             begun.check_autoencoder(autoencoder)
         if denoiser.space is not None:
@@ -164,6 +165,9 @@ def train(
             fused=here.device.type in ("cpu", "cuda"),
         )
         start_states(optimizer)
+        drops = any(isinstance(module, nn.Dropout) and module.p for module in backbone.modules())
+        if drops:  # draws from torch's global generators, which are the caller's
+            stack.enter_context(torch.random.fork_rng([here.device] if here.device.type == "cuda" else []))
         autocast = torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
         # -------------------------------------------------------------------------------------------------- resume
@@ -253,6 +257,8 @@ def train(
                     latent_eps = torch.randn(shape, generator=generator, device=here.device)[mine]
                 x = encoder.encode(images, latent_eps)
 
+                if drops:  # the masks alone are each process's own
+                    torch.manual_seed(mix(recipe.seed, DROPOUT, step, here.rank))
                 set_lr(optimizer, own, step - first)
                 loss = torch.zeros((), device=here.device)
                 for k in range(settings.accumulate):
@@ -287,7 +293,8 @@ def train(
                 log.advance(step)
                 state = good_state(step) if save_now else {}
                 if test_set is not None and validate_now and here.is_main:
-                    validation = validation_loss(recipe, averaged, test_set, stage.levels)
+                    with evaluating(averaged.denoiser):
+                        validation = validation_loss(recipe, averaged, test_set, stage.levels)
                     if math.isfinite(validation):
                         log.scalar(step, "loss/validation", validation)
                     else:
@@ -295,7 +302,8 @@ def train(
                             "the validation loss is %s at step %d; look at the held-out data", validation, step
                         )
                 if show_now and here.is_main:
-                    log.grid(step, averaged, run / "samples", stage.levels)
+                    with evaluating(averaged.denoiser):
+                        log.grid(step, averaged, run / "samples", stage.levels)
                 if save_now:
                     save(step, state)
                 if stop and not finished:
@@ -507,6 +515,17 @@ def validation_loss(
         x = encoder.encode(images)
         losses.append(objective(x, y, objective.draw(len(x), generator))["loss"])
     return torch.cat(losses).mean().item()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in evaluation mode; without averages it is the one that is trained, and then goes on as it was."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
 
 
 def _poisoned(state: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.files import is_temporary, parse_json, write_text
 from mezzotint.locks import LOCK
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe
-from mezzotint.representations import TOKENIZERS
+from mezzotint.representations import TOKENIZERS, KLAutoencoder
 from mezzotint.representations.tokenizer import OWN_FOLDER
 from mezzotint.settings import Settings
 from mezzotint.training.parallel import World
@@ -55,6 +55,8 @@ class TrainedOn(Settings):
     """How many; None: a stream, which does not say."""
     autoencoder: str | None = None
     """Digest of the autoencoder, where the representation is kl."""
+    scaling: str | None = None
+    """Scale, shift and std of its latents, which its configuration may say."""
     text_encoder: str | None = None
     """Digest of the frozen text encoder, where there is one."""
 
@@ -73,9 +75,11 @@ class TrainedOn(Settings):
 
     def changed(self, now: TrainedOn) -> str:
         """How `now` is other data, or nothing."""
-        if same_content(self.identity, now.identity):
-            return ""
         found = []
+        if None not in (self.text_encoder, now.text_encoder) and self.text_encoder != now.text_encoder:
+            found.append("its captions are read by another text encoder")
+        if same_content(self.identity, now.identity):
+            return "".join(found)
         if gone := [name for name in self.class_names if name not in now.class_names]:
             found.append(f"it has no class {_listed(gone)} any more")
         if new := [name for name in now.class_names if name not in self.class_names]:
@@ -162,15 +166,20 @@ class Begun:
             f"instead of {planned:.1e}"
         )
 
-    def check_autoencoder(self, digest: str) -> None:
+    def check_autoencoder(self, autoencoder: KLAutoencoder) -> None:
         """Raises `MezzotintError` unless the autoencoder is the one that the run was trained with."""
-        if self.record.data.autoencoder not in (None, digest):
-            raise MezzotintError(
-                f"{self.run} was trained with another autoencoder than representation.path names now; set it to that "
-                "one, or choose another --out"
-            )
+        known = self.record.data
+        for what, before, now in (
+            ("autoencoder", known.autoencoder, autoencoder.digest),
+            ("scaling of the autoencoder's latents", known.scaling, repr(autoencoder.scaling)),
+        ):
+            if before not in (None, now):
+                raise MezzotintError(
+                    f"{self.run} was trained with another {what} than representation.path names now; set it to that "
+                    "one, or choose another --out"
+                )
 
-    def write(self, recipe: Recipe, step: int, autoencoder: str | None) -> None:
+    def write(self, recipe: Recipe, step: int, autoencoder: KLAutoencoder | None) -> None:
         """Write record and recipe; the run goes on after `step` steps."""
         # What was to hold from a later step on holds from this one: the steps between are taken again.
         changes = [change.model_copy(update={"step": min(change.step, step)}) for change in self.record.changes]
@@ -178,7 +187,8 @@ class Begun:
             changes.append(self.change.model_copy(update={"step": step}))
         data = self.record.data
         if autoencoder is not None:
-            data = data.model_copy(update={"autoencoder": autoencoder})
+            seen = {"autoencoder": autoencoder.digest, "scaling": repr(autoencoder.scaling)}
+            data = data.model_copy(update=seen)
         record = self.record.model_copy(update={"data": data, "changes": tuple(changes)})
         # In this order: a folder with a recipe has a record.
         write_text(self.run / RECORD, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
@@ -267,7 +277,11 @@ def _agree(run: Path, recipe: Recipe, now: TrainedOn, resume: bool, override: bo
         moved = ", ".join(f"{key} ({changed[key][1]})" for key in paths if not (before and key == "data.path"))
         notes += [f"{run} goes on with the same content at another place: {moved}"] if moved else []
     changes = record.changes if record is not None else ()
-    kept = now if record is None else now.model_copy(update={"autoencoder": now.autoencoder or record.data.autoencoder})
+    kept = now
+    if record is not None:  # what only the autoencoder tells, which is not read yet
+        there = record.data
+        seen = {"autoencoder": now.autoencoder or there.autoencoder, "scaling": now.scaling or there.scaling}
+        kept = now.model_copy(update=seen)
     change = Change(step=0, recipe=changed, data=before) if changed or before else None
     return Begun(run, Record(data=kept, changes=changes), change, notes, own.training)
 
