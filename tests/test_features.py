@@ -1036,7 +1036,8 @@ def test_adm_statistics_are_those_of_inception(adm: tuple[Path, FeatureStatistic
 def test_statistics_without_images(adm: tuple[Path, FeatureStatistics], tmp_path: Path) -> None:
     adm[1].save(tmp_path / "fid.npz")
     reference = reference_statistics(tmp_path / "fid.npz", projection(name=INCEPTION))
-    assert (reference.count, reference.source, set(reference.statistics)) == (50, "fid.npz", {"features"})
+    assert (reference.count, set(reference.statistics)) == (50, {"features"})
+    assert reference.source.startswith("fid.npz (")
     with pytest.raises(MezzotintError, match="of inception alone, and no images, which the network 'projection' would"):
         reference_statistics(tmp_path / "fid.npz", projection())
     with pytest.raises(MezzotintError, match="no images, which 3 rows of features would need"):

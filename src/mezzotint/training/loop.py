@@ -174,8 +174,10 @@ def train(
         interrupted = stack.enter_context(catch_signals())
         if step:
             state = training_state(denoiser, optimizer, ema)
-            saved = ema.saved_under(begun.decays_at(step, settings.ema))
-            step = checkpoints.load(step, {**state, "ema": saved})  # the averages are filled in place
+            decays = begun.decays_at(step, settings.ema)
+            saved = ema.saved_under(decays)
+            # The averages are filled in place; of none there is an empty list in the checkpoint, and has to be here.
+            step = checkpoints.load(step, {**state, "ema": saved if decays else []})
             if bad := _poisoned(state):
                 raise MezzotintError(
                     f"{checkpoints.path(step)} holds NaN or infinite numbers ({bad}); remove it to go on from the "
