@@ -76,6 +76,8 @@ PLAIN = {
     "convert": "convert run made",
     "export-vit": "export-vit run",
     "recipes": "recipes digits",
+    "env": "env",
+    "cache": "cache",
 }
 
 TRAIN, RESUMED = "training:train", "training.loop:train"
@@ -341,6 +343,12 @@ OPTIONS: dict[str, dict[str, Call | Text | str | tuple[Call | Text, ...]]] = {
     "recipes": {
         "name": Text("recipes fashion-mnist", lambda out: "name: fashion-mnist" in out),
         "overrides": Text("seed=3", lambda out: "seed: 3" in out),
+        "--json": JSON,
+    },
+    "env": {"--json": JSON},
+    "cache": {
+        "action": calls("cache clear", "cache:clear", kind=None),
+        "kind": calls("cache clear classifiers", "cache:clear", kind="classifiers"),
         "--json": JSON,
     },
 }
