@@ -10,8 +10,10 @@ from exact import PATHS, ExactModel, Mixture, at, exact_denoiser, gaussian, marg
 from torch import Tensor
 from torch.distributions import Normal
 
+from mezzotint.errors import MezzotintError
 from mezzotint.guidance import ConditionalModel
 from mezzotint.interpolants import interpolant
+from mezzotint.randomness import generator_for
 from mezzotint.samplers.likelihood import bits_per_dim, log_likelihood
 from mezzotint.targets import TARGETS, Target
 
@@ -119,8 +121,29 @@ def test_hutchinson_of_independent_pixels_is_exact() -> None:
     model = ConditionalModel(exact_denoiser(gaussian(), PATHS["gvp"]))
     got = log_likelihood(model, X, generator=torch.Generator().manual_seed(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got, gaussian().log_prob(X, at(PATHS["gvp"], 0.0)), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="pass a generator"):
-        log_likelihood(model, X)
+
+
+def test_the_defaults_are_enough_and_repeat() -> None:
+    """Without a generator the probe is that of seed 0: the same numbers again."""
+    model = exact_denoiser(gaussian(), PATHS["gvp"])
+    got = log_likelihood(model, X)
+    assert got.equal(log_likelihood(model, X))
+    assert got.equal(log_likelihood(model, X, generator=generator_for(0)))
+    torch.testing.assert_close(got, gaussian().log_prob(X, at(PATHS["gvp"], 0.0)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "options", "sentence"),
+    [
+        (None, X, {"divergence": "exakt"}, "divergence 'exakt' is unknown; closest: exact"),
+        (3, X, {}, "not of a int; give its denoiser"),
+        (None, X.to(torch.uint8), {}, "floating-point data"),
+    ],
+)
+def test_mistakes_are_said(model: object, x: Tensor, options: dict[str, str], sentence: str) -> None:
+    asked = exact_denoiser(gaussian(), PATHS["gvp"]) if model is None else model
+    with pytest.raises(MezzotintError, match=sentence):
+        log_likelihood(asked, x, **options)  # type: ignore[arg-type]
 
 
 def test_class_conditional() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mezzotint.backbones import DIT_CONFIGS
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.cost import recipe_cost
+from mezzotint.guidance import Guidance
 from mezzotint.pipeline import build_denoiser
 from mezzotint.recipe import Recipe, load_recipe, override_recipe, recipe_names
 
@@ -321,3 +325,62 @@ def test_every_field_is_documented() -> None:
         return found
 
     assert undocumented(Recipe) == []
+
+
+SAME = [
+    (["training.steps=5"], {"training.steps": 5}),
+    (["training.steps=5"], {"training": {"steps": 5}}),
+    (["training.lora.rank=0", "training.lr=1e-4"], {"training": {"lora.rank": 0, "lr": 1e-4}}),
+    (["training.betas=[0.5, 0.6]"], {"training.betas": (0.5, 0.6)}),
+    (["training.lr=0.25", "training.steps=7"], {"training": {"lr": np.float32(0.25), "steps": np.int64(7)}}),
+    (["training.ema=[0.5]"], {"training.ema": torch.tensor([0.5])}),
+    (["guidance.interval=[0.25, 0.5]"], {"guidance.interval": np.array([0.25, 0.5])}),
+    (["training.grad_clip=null", "data.path=null"], {"training.grad_clip": None, "data": {"path": None}}),
+    (["data=folder:photos"], {"data": "folder:photos"}),
+    (["data.path=a/b"], {"data.path": Path("a") / "b"}),
+    (['data.path="null"'], {"data.path": "null"}),
+    (["interpolant=gvp", "backbone=dit-s-4"], {"interpolant": "gvp", "backbone": {"name": "dit-s-4"}}),
+    (["guidance.scale=2", "guidance.channels=null"], {"guidance": Guidance(scale=2)}),
+    (["training.steps=5", "training.steps=6"], {"training": {"steps": 5}, "training.steps": 6}),
+    (["training.steps=5"], "training.steps=5"),
+    (["training.steps=5"], (text for text in ["training.steps=5"])),
+]
+
+
+@pytest.mark.parametrize(("texts", "values"), SAME)
+def test_values_of_python_mean_what_texts_mean(texts: list[str], values: Any) -> None:
+    assert load_recipe("dit-b-4-256", values) == load_recipe("dit-b-4-256", texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (["training.stepz=5"], {"training": {"stepz": 5}}),
+        (["training=5"], {"training": 5}),
+        (["training.steps=0"], {"training.steps": 0}),
+        (["backbone.width=[1, 2]"], {"backbone": {"width": (1, 2)}}),
+        (["interpolant=lineal"], {"interpolant": "lineal"}),
+        (["sampling.sampler=ddmi"], {"sampling": {"sampler": "ddmi"}}),
+    ],
+)
+def test_a_mistake_among_them_is_the_same_sentence(texts: list[str], values: dict[str, Any]) -> None:
+    said = []
+    for overrides in (texts, values):
+        with pytest.raises(MezzotintError) as error:
+            override_recipe(load_recipe("digits"), overrides)  # type: ignore[arg-type]
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({3: 4}, "key 3 is no name of a setting"),
+        ({"training..steps": 4}, "key 'training..steps' is no name of a setting"),
+        ([("training.steps", 5)], r"override \('training.steps', 5\) is not of the form key=value"),
+        (5, "overrides are key=value texts, or a mapping from keys to values, not 5"),
+    ],
+)
+def test_what_is_no_override(overrides: Any, sentence: str) -> None:
+    with pytest.raises(MezzotintError, match=sentence):
+        load_recipe("digits", overrides)

@@ -26,24 +26,31 @@ if TYPE_CHECKING:
     from mezzotint.images import save_grid as save_grid
     from mezzotint.interop import convert as convert
     from mezzotint.interop import load as load
+    from mezzotint.interpolants import Interpolant as Interpolant
+    from mezzotint.objectives import Objective as Objective
     from mezzotint.pipeline import Pipeline as Pipeline
     from mezzotint.pipeline import build as build
     from mezzotint.pipeline import sample as sample
     from mezzotint.recipe import Recipe as Recipe
     from mezzotint.recipe import load_recipe as load_recipe
+    from mezzotint.recipe import override_recipe as override_recipe
     from mezzotint.recipe import recipe_names as recipe_names
     from mezzotint.samplers import Sampler as Sampler
     from mezzotint.samplers.likelihood import log_likelihood as log_likelihood
     from mezzotint.training import resume as resume
     from mezzotint.training import train as train
+    from mezzotint.training.ema import EMA as EMA
 
 # Where each public name lives. Each is imported when first used: `mezzotint --help` and shell completion need not wait
 # for torch.
 _HOMES = {
     "ConditionalModel": "guidance",
     "Denoiser": "denoiser",
+    "EMA": "training.ema",
     "Guidance": "guidance",
+    "Interpolant": "interpolants",
     "MezzotintError": "errors",
+    "Objective": "objectives",
     "Pipeline": "pipeline",
     "Prediction": "denoiser",
     "Recipe": "recipe",
@@ -58,6 +65,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "log_likelihood": "samplers.likelihood",
     "open_mae": "evaluation.mae",
+    "override_recipe": "recipe",
     "pooled_features": "features",
     "probe": "evaluation.probing",
     "recipe_names": "recipe",
@@ -67,7 +75,9 @@ _HOMES = {
     "train": "training",
     "train_mae": "evaluation.mae",
 }
-__all__ = list(_HOMES)
+__all__ = ["__version__", *_HOMES]
+
+__version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
@@ -77,3 +87,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"mezzotint.{name}")
     except ModuleNotFoundError:
         raise AttributeError(f"module 'mezzotint' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mezzotint.conditions.classes import Classes
 from mezzotint.data.transforms import to_float
 from mezzotint.errors import MezzotintError
 from mezzotint.files import atomic_path, parse_json, write_text
@@ -29,10 +30,10 @@ PLAN = "plan.json"
 def sample_to_npz(
     pipeline: Pipeline,
     path: str | Path,
-    classes: Sequence[int | str] | None = None,
+    classes: Classes | None = None,
     count: int = 50_000,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     negative_prompt: str = "",
     seed: int = 0,
     batch_size: int = 256,
@@ -50,8 +51,6 @@ def sample_to_npz(
     folder.
     """
     path = Path(path)
-    if count < 1:
-        raise MezzotintError(f"count must be at least 1, got {count}")
     if len(pipeline.denoiser.level_shapes[-1]) == 4:
         raise MezzotintError("ADM's .npz holds images, and this model draws clips; use sample and save_video")
     if path.is_dir():

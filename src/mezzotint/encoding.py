@@ -10,13 +10,13 @@ from mezzotint.data.latents import SHARD_SIZE, SPLITS, encode_dataset
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
 from mezzotint.locks import LOCK, locked
-from mezzotint.recipe import Recipe
+from mezzotint.recipe import Recipe, as_recipe
 from mezzotint.representations import KLAutoencoder, Tokenizer, representation
 from mezzotint.training.parallel import choose_device, rank_and_size
 
 
 def encode(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     out: str | Path,
     *,
     splits: Sequence[str] | None = None,
@@ -32,6 +32,7 @@ def encode(
     Started by torchrun, the processes share the files. Raises `MezzotintError` for a representation without an
     autoencoder, and as loading the data and `encode_dataset` do.
     """
+    recipe = as_recipe(recipe)
     if recipe.representation.name == "pixels":
         raise MezzotintError(
             f"the representation {recipe.representation.name!r} has no latents to encode; set representation=kl and "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable
+from operator import index
+from typing import Any, SupportsIndex
 
 #: characters of the longest message, in which a user's words may be repeated that have no end
 LONGEST = 2000
@@ -16,6 +18,22 @@ class MezzotintError(Exception):
     def __str__(self) -> str:
         text = " ".join(super().__str__().splitlines())  # a name in it may have line ends
         return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} … {text[-LONGEST // 4 :]}"
+
+
+def expect(value: Any, kind: Any, what: str) -> Any:
+    """`value`, which is a `kind`. Raises `MezzotintError` where it is not, with `what` was expected."""
+    if not isinstance(value, kind):
+        shown = shortened(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        raise MezzotintError(f"expected {what}, not {shown}")
+    return value
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise `MezzotintError` unless `value` is a whole number, 1 or more."""
+    if not isinstance(value, SupportsIndex):
+        raise MezzotintError(f"{name} must be a whole number, got {shortened(value)}")
+    if index(value) < 1:
+        raise MezzotintError(f"{name} must be at least 1, got {shortened(value)}")
 
 
 def closest(word: str, known: Iterable[str]) -> str:

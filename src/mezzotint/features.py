@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -17,21 +17,27 @@ from torch import Tensor
 from mezzotint.backbones.layers import Layer
 from mezzotint.conditions.text import Text
 from mezzotint.denoiser import Denoiser
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, expect, shortened
 
 
-def layers_of(denoiser: Denoiser, names: Sequence[str | int] = ()) -> dict[str, Layer]:
+def layers_of(denoiser: Denoiser, names: str | int | Sequence[str | int] = ()) -> dict[str, Layer]:
     """The network's layers `names`, by name, in order of execution; none named: all.
 
     A number counts them from 1 in that order, so that of a transformer k is its first k blocks. Raises `MezzotintError`
-    for one that the network does not have.
+    for one that the network does not have, and for a network whose layers have no names.
     """
-    layers = cast("dict[str, Layer]", cast(Any, denoiser.backbone).layers)
+    layers = getattr(denoiser.backbone, "layers", None)
+    if not isinstance(layers, dict):
+        raise MezzotintError(
+            f"the network {denoiser.backbone._get_name()} does not name its layers, so their features cannot be asked "
+            "for; give it an attribute layers, a dict from names to mezzotint.backbones.layers.Layer as they run"
+        )
     return {name: layers[name] for name in chosen_layers(list(layers), names)}
 
 
-def chosen_layers(order: Sequence[str], names: Sequence[str | int] = ()) -> list[str]:
+def chosen_layers(order: Sequence[str], names: str | int | Sequence[str | int] = ()) -> list[str]:
     """`layers_of`, of a network whose layers have the names `order`."""
+    names = [names] if isinstance(names, str | int) else names
     chosen = set()
     for name in map(str, names):
         number = int(name) if name.isascii() and name.isdigit() else 0
@@ -47,7 +53,7 @@ def pooled_features(
     denoiser: Denoiser,
     x: Tensor,
     t: float,
-    layers: Sequence[str | int] = (),
+    layers: str | int | Sequence[str | int] = (),
     *,
     eps: Tensor | None = None,
     null: Text | None = None,
@@ -66,13 +72,14 @@ def features_with_gradients(
     denoiser: Denoiser,
     x: Tensor,
     t: float,
-    layers: Sequence[str | int] = (),
+    layers: str | int | Sequence[str | int] = (),
     *,
     eps: Tensor | None = None,
     null: Text | None = None,
 ) -> dict[str, Tensor]:
     """`pooled_features`, to train the network through them."""
     check_time(t)
+    expect(denoiser, Denoiser, "a Denoiser, such as pipeline.denoiser")
     wanted = layers_of(denoiser, layers)
     if eps is not None:
         c = denoiser.interpolant.coefficients(t, x)
@@ -109,8 +116,11 @@ def _eagerly() -> AbstractContextManager[Any]:
 
 def check_time(t: float) -> None:
     """Raises `MezzotintError` unless t is in [0, 1]."""
-    if not 0 <= t <= 1:
-        raise MezzotintError(f"t = {t:g} is outside of [0, 1], where 0 is data and 1 is noise; step 10 of 1000 is 0.01")
+    if not isinstance(t, SupportsFloat) or not 0 <= float(t) <= 1:
+        shown = f"{float(t):g}" if isinstance(t, SupportsFloat) else shortened(t)
+        raise MezzotintError(
+            f"t = {shown} is outside of [0, 1], where 0 is data and 1 is noise; step 10 of 1000 is 0.01"
+        )
 
 
 class _Enough(Exception):

@@ -12,13 +12,14 @@ from torch import Tensor
 from mezzotint.conditions import Condition, Text
 from mezzotint.conditions.text import join
 from mezzotint.denoiser import Denoiser, Prediction
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, expect
 from mezzotint.interpolants import Interpolant
 from mezzotint.settings import Settings
 from mezzotint.targets import Target
 
 #: conditions (a time with a class) that are computed and kept at once; 64 of DiT-XL's take 50 MB in float32
 CONDITIONS_AHEAD = 64
+LABELS = "labels, a tensor (B,) of int64"
 
 
 class Guidance(Settings):
@@ -52,14 +53,20 @@ class ConditionalModel:
         self,
         denoiser: Denoiser,
         y: Condition | None = None,
-        guidance: Guidance | None = None,
+        guidance: float | Guidance | None = None,
         null: Text | None = None,
     ) -> None:
         """y: labels (B,) int64 in [0, num_classes], None for the null class; or B captions; None if unconditional.
 
+        guidance: a scale, or a `Guidance`; None: none.
+
         null: where y is captions, what the unconditional branch is given: one caption, the empty one as a rule.
         """
-        guidance = guidance or Guidance()
+        expect(denoiser, Denoiser, "a Denoiser, such as pipeline.denoiser")
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance() if guidance is None else Guidance(scale=guidance)
+        if not (y is None or isinstance(y, Text)) and expect(y, Tensor, LABELS).dtype != torch.int64:
+            raise MezzotintError(f"expected {LABELS}, not one of {y.dtype}")
         num_classes = denoiser.num_classes
         if guidance.scale != 1 and not (num_classes or denoiser.text):
             raise MezzotintError(
@@ -140,6 +147,10 @@ class ConditionalModel:
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         """The guided prediction at x (B, C, H, W) and one t for the whole batch."""
+        if self._known is not None and 2 * len(x) != len(self._rows):
+            raise MezzotintError(
+                f"x has {len(x)} examples, and the model was given conditions of {len(self._rows) // 2}"
+            )
         scale, (low, high) = self.guidance.scale, self.guidance.interval
         # A tensor t is one time repeated; adaptive solvers alone pass one, and only a strict interval reads its value.
         everywhere = (low, high) == (0.0, 1.0)

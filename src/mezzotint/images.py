@@ -17,9 +17,10 @@ from torch.nn.functional import interpolate
 
 from mezzotint.data.transforms import to_uint8
 from mezzotint.data.video import pyav
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, check_count, expect
 from mezzotint.files import atomic_path
 
+IMAGES = "images, a tensor (N, C, H, W) in [-1, 1] with 1 or 3 channels"
 FRAME_RATES = {".gif": (0.1, 50), ".mp4": (0.1, 1000)}
 """Least and greatest. A GIF counts in hundredths of a second, and viewers slow down what is shown for one."""
 
@@ -28,6 +29,9 @@ def grid_image(images: Tensor, columns: int, *, min_side: int = 48) -> Image.Ima
     """Images (N, C, H, W) in [-1, 1] as one picture; tiny ones are enlarged, unsmoothed, to min_side pixels or more."""
     from torchvision.utils import make_grid  # seconds to import
 
+    if expect(images, Tensor, IMAGES).ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise MezzotintError(f"expected {IMAGES}, not one of shape {tuple(images.shape)}")
+    check_count("columns", columns)
     scale = max(1, -(-min_side // images.shape[-1]))
     pixels = to_uint8(images.cpu()).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)

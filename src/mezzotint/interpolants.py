@@ -28,7 +28,16 @@ class Coefficients(NamedTuple):
 
 
 class Interpolant(ABC):
-    """alpha(t) and sigma(t) on [0, 1]. A derivative that diverges at an end is returned as an infinity there."""
+    """alpha(t) and sigma(t) on [0, 1], the signal-to-noise ratio falling. Yours is a class with `at` alone.
+
+    >>> class Cosine(Interpolant):
+    ...     def at(self, t):
+    ...         angle = math.pi / 2 * t
+    ...         alpha, sigma = angle.cos(), angle.sin()
+    ...         return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+
+    A derivative that diverges at an end is returned as an infinity there.
+    """
 
     #: number of steps of a discrete schedule; None when the interpolant is defined in continuous time only
     num_steps: int | None = None
@@ -41,12 +50,30 @@ class Interpolant(ABC):
     def at(self, t: Tensor) -> Coefficients:
         """alpha, sigma, alpha', sigma' at t in [0, 1], in t's shape and dtype."""
 
-    @abstractmethod
     def shifted(self, c: Coefficients, root: float) -> Coefficients:
-        """This family's c with sigma / alpha multiplied by `root`, divided by what the family keeps at 1.
+        """This path's c with sigma / alpha multiplied by `root`, in c's dtype: the point of the path with that ratio.
 
-        That is alpha + sigma, √(alpha² + sigma²) or alpha; knowing which, the quotient rule is one power of it.
+        A family that keeps alpha + sigma, √(alpha² + sigma²) or alpha at 1 divides by it instead, and knows the
+        derivatives by the quotient rule. Here the point's time s is found by bisection of the log SNR, to float64's
+        precision. The derivatives are those at s times ds/dt, which follows from both sides of log(sigma / alpha)(s) =
+        log(sigma / alpha)(t) + log root; they are exact, too. Past an end whose ratio is neither 0 nor infinite, the
+        path goes on along its tangent there. Where a derivative diverges, ds/dt is that of a square root.
         """
+        here = Coefficients(*(value.double() for value in c))
+        a, b = here.alpha, root * here.sigma
+        log_snr = 2 * (a.log() - b.log())
+        s = time_of_log_snr(self, log_snr, 0.0, 1.0)
+        s = torch.where(b == 0, 0.0, torch.where(a == 0, 1.0, s))
+        there = self.at(s)
+        turning = there.alpha * there.d_sigma - there.sigma * there.d_alpha
+        # Where the ray (a, b) meets the path's tangent at s; where that is infinite, s itself is such a point.
+        norm = turning / (a * there.d_sigma - b * there.d_alpha)
+        norm = torch.where(norm.isfinite(), norm, torch.hypot(there.alpha, there.sigma) / torch.hypot(a, b))
+        speed = (here.alpha * here.d_sigma - here.sigma * here.d_alpha) / turning
+        limit = torch.where(b == 0, root**2, root**-2)
+        speed = torch.where(speed.isnan(), limit, root * norm.square() * speed)
+        slopes = (there.d_alpha * speed, there.d_sigma * speed)
+        return Coefficients(*(value.to(c.alpha) for value in (norm * a, norm * b, *slopes)))
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.at(t).alpha

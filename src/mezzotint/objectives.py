@@ -14,7 +14,8 @@ from mezzotint.conditions.text import replaced
 from mezzotint.denoiser import Denoiser, Prediction
 from mezzotint.interpolants import transition
 from mezzotint.targets import true_value
-from mezzotint.weightings import TimeDistribution, Weighting
+from mezzotint.weightings import DiscreteSteps, TimeDistribution, Uniform, Weighting, WeightingName, training_range
+from mezzotint.weightings import weighting as named_weighting
 
 
 class Draw(NamedTuple):
@@ -44,8 +45,8 @@ class Objective(nn.Module):
         self,
         denoiser: Denoiser,
         *,
-        weighting: Weighting,
-        times: TimeDistribution,
+        weighting: Weighting | WeightingName = "none",
+        times: TimeDistribution | None = None,
         condition_dropout: float = 0.1,
         null: Text | None = None,
         stratified: bool = False,
@@ -54,16 +55,25 @@ class Objective(nn.Module):
         level_shares: Sequence[float] = (),
         residual_weight: float = 0.0,
     ) -> None:
-        """condition_dropout: share of labels replaced by the null class, of captions by `null`, the empty one.
+        """weighting: one, or its name. times: of training; None: uniform over those at which target and weight are
+        finite, or over the steps of an interpolant that has steps.
+
+        condition_dropout: share of labels replaced by the null class, of captions by `null`, the empty one.
 
         vlb_weight: factor on the bound (1: as DiT). level_weights, level_shares: of a pyramid's levels, smallest first;
         of a prefix of them to train these alone. A share is that of the examples which have this level and all smaller
         ones (the first: 1); the others are not computed there, and the level's loss is the mean over those that are.
         Empty: 1 for all.
+
+        Raises `MezzotintError` for an unknown weighting, and for a denoiser that does not know its `in_shape`.
         """
         super().__init__()
+        path = denoiser.interpolant
         self.denoiser = denoiser
-        self.weighting = weighting
+        self.weighting = named_weighting(weighting) if isinstance(weighting, str) else weighting
+        if times is None:
+            t_min, t_max = training_range(path, denoiser.target, self.weighting)
+            times = Uniform(t_min, t_max) if path.num_steps is None else DiscreteSteps(path.num_steps)
         self.times = times
         self.null = null
         self.condition_dropout = condition_dropout if denoiser.num_classes or denoiser.text else 0.0

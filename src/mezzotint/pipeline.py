@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from mezzotint import interpolants
 from mezzotint.backbones import DiffuSSM, DiT, NestedUNet, UNet
-from mezzotint.conditions.classes import class_labels, parse_classes
+from mezzotint.conditions.classes import Classes, class_labels, parse_classes
 from mezzotint.conditions.encoders import TextEncoder
 from mezzotint.conditions.text import Bytes, Captioner, Text
-from mezzotint.denoiser import Denoiser
-from mezzotint.errors import MezzotintError
+from mezzotint.denoiser import Denoiser, parameter_count
+from mezzotint.devices import check_device
+from mezzotint.errors import MezzotintError, check_count, expect, shortened
 from mezzotint.files import atomic_path, parse_json, read_tensors, save_tensors, tensors_digest
 from mezzotint.finite import check_finite, nonfinite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.interpolants import interpolant
 from mezzotint.progress import track
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.recipe import Recipe, as_recipe, load_recipe
 from mezzotint.representations import KLAutoencoder, Pyramid, Representation, representation
 from mezzotint.representations.image_space import ImageSpace
 from mezzotint.representations.tokenizer import PatchTokenizer
@@ -36,9 +37,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: signal-to-noise ratio up to which the end of a path counts as pure noise
 MAX_SNR_OF_NOISE = 0.01
+A_PIPELINE = "a pipeline, as mezzotint.load and mezzotint.build give one"
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline:
     """A denoiser with its recipe, its representation and text encoder (read when first used) and what it can be asked.
 
@@ -53,6 +55,24 @@ class Pipeline:
     def __post_init__(self) -> None:
         if self.recipe.representation.path is not None:
             self.connect()
+
+    def __repr__(self) -> str:
+        recipe, backbone = self.recipe, self.denoiser.backbone
+        asked = f"{self.denoiser.num_classes} classes" if self.denoiser.num_classes else "no condition"
+        if self.denoiser.text:
+            asked = f"captions ({recipe.condition.encoder})"
+        shapes = ", ".join(" × ".join(map(str, shape)) for shape in self.denoiser.level_shapes)
+        kind = type(self.denoiser.interpolant)
+        path = recipe.interpolant.name if kind.__module__ == interpolants.__name__ else kind.__name__
+        parameter = next(backbone.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return (
+            f"Pipeline({recipe.name!r}\n"
+            f"  network         {backbone._get_name()}, {parameter_count(backbone):,} parameters, {asked}\n"
+            f"  path            {path}, the network predicts {self.denoiser.target}\n"
+            f"  representation  {recipe.representation.name}, {shapes}\n"
+            f"  weights         {dtype} on {parameter.device})"
+        )
 
     def connect(self) -> None:
         """Give a network that works on images the tokenizer through which it does; nothing for any other network."""
@@ -166,9 +186,15 @@ def image_space(recipe: Recipe) -> ImageSpace | None:
     return ImageSpace(recipe.latent_shape, **sides) if any(sides.values()) else None
 
 
-def build(recipe: Recipe | str, *, class_names: Sequence[str] = (), device: torch.device | str = "cpu") -> Pipeline:
-    """A pipeline with fresh weights, initialised from recipe.seed without touching the global random state."""
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+def build(
+    recipe: Recipe | str | Path, *, class_names: Sequence[str] = (), device: torch.device | str = "cpu"
+) -> Pipeline:
+    """A pipeline with fresh weights, initialised from recipe.seed without touching the global random state.
+
+    recipe: one, or its name, file or run folder. Raises `MezzotintError` as `load_recipe` does, and for a device that
+    is not there.
+    """
+    recipe, device = as_recipe(recipe), check_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         denoiser = build_denoiser(recipe)
@@ -180,7 +206,7 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
 
     Raises `MezzotintError` where the folder, the weights or a part of them is missing, cut off or of another shape.
     """
-    run = Path(run)
+    run, device = Path(run), check_device(device)
     if not (run / "recipe.yaml").is_file():
         raise MezzotintError(f"{run} is not a run folder: it has no recipe.yaml (train one with 'mezzotint train')")
     recipe = load_recipe(run)
@@ -252,19 +278,23 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 
 
 def choose_labels(
-    pipeline: Pipeline, classes: Sequence[int | str] | None, count: int, prompts: Sequence[str] | None = None
+    pipeline: Pipeline, classes: Classes | None, count: int, prompts: str | Sequence[str] | None = None
 ) -> Tensor | list[str] | None:
     """What `count` images are asked to be: `classes` or `prompts`, evenly and in order. None: unconditional.
 
     Neither given: all classes of the model, or the captions that it remembers. A tensor of labels, or a list of
-    captions. Raises `MezzotintError` where the model is not asked that way.
+    captions. Raises `MezzotintError` where the model is not asked that way, and for what is no count.
     """
+    expect(pipeline, Pipeline, A_PIPELINE)
+    check_count("count", count)
     if pipeline.denoiser.text:
         if classes is not None:
             raise MezzotintError("this model is asked by captions, not by classes; give prompts")
-        prompts = pipeline.prompts if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+        prompts = pipeline.prompts if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise MezzotintError("this model is asked by captions and remembers none; give prompts")
+        if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise MezzotintError(f"{shortened(other[0])} is no prompt; expected text")
         return [prompts[i * len(prompts) // count] for i in range(count)]
     if prompts is not None:
         raise MezzotintError(
@@ -281,10 +311,10 @@ def choose_labels(
 
 def sample(
     pipeline: Pipeline,
-    classes: Sequence[int | str] | None = None,
+    classes: Classes | None = None,
     count: int = 16,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     negative_prompt: str = "",
     guidance: float | Guidance | None = None,
     seed: int = 0,
@@ -295,15 +325,14 @@ def sample(
 ) -> Tensor:
     """Draw `count` images, float32 (count, C, H, W) in [-1, 1] on the CPU; (states, count, C, H, W) with `trajectory`.
 
-    Of clips, (count, F, C, H, W). classes: numbers or names that the images are spread over evenly and in order (None:
-    all); prompts: captions, likewise (None: some that it was trained with). negative_prompt: what guidance leads away
-    from. guidance: a scale, or a `Guidance`; None and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are
-    taken from the recipe. levels, among the options: draw the first so many levels of a Matryoshka network alone, which
-    gives the image of the last of them. Image i depends on (seed, i) and its condition alone, whatever the batch size.
+    Of clips, (count, F, C, H, W). classes: a number or name, or several (numbers also as a tensor, an array, a range),
+    that the images are spread over evenly and in order (None: all); prompts: a caption or several, likewise (None: some
+    that it was trained with). negative_prompt: what guidance leads away from. guidance: a scale, or a `Guidance`; None
+    and the unnamed fields of `Sampler` (sampler, steps, eta, ...) are taken from the recipe. levels, among the options:
+    draw the first so many levels of a Matryoshka network alone, which gives the image of the last of them. Image i
+    depends on (seed, i) and its condition alone, whatever the batch size.
     Raises `MezzotintError` for an unknown class or option, or a combination that means nothing.
     """
-    if count < 1:
-        raise MezzotintError(f"count must be at least 1, got {count}")
     batches = sample_batches(
         pipeline,
         choose_labels(pipeline, classes, count, prompts),
@@ -321,10 +350,10 @@ def sample(
 
 def sample_levels(
     pipeline: Pipeline,
-    classes: Sequence[int | str] | None = None,
+    classes: Classes | None = None,
     count: int = 16,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> list[Tensor]:
     """The images of `sample` at all resolutions of a Matryoshka network, each (count, C, h, w), smallest first.
@@ -335,8 +364,6 @@ def sample_levels(
     shapes, space = pipeline.denoiser.level_shapes, pipeline.representation
     if not isinstance(space, Pyramid):
         raise MezzotintError(f"this model has one resolution, {shapes[0][-1]}; several are those of a backbone.outer")
-    if count < 1:
-        raise MezzotintError(f"count must be at least 1, got {count}")
     labels = choose_labels(pipeline, classes, count, prompts)
     batches = [space.decode_levels(states[-1]) for states in state_batches(pipeline, labels, range(count), **options)]
     return [check_images(torch.cat(level).float().cpu(), range(count)) for level in zip(*batches, strict=True)]
@@ -439,8 +466,11 @@ def state_batches(
 
     levels: draw the first so many levels of a pyramid alone (None: all).
     """
-    if batch_size < 1:
-        raise MezzotintError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size)
+    if levels is not None and levels not in range(1, len(pipeline.denoiser.level_shapes) + 1):
+        raise MezzotintError(
+            f"levels is {shortened(levels)}; this model has {len(pipeline.denoiser.level_shapes)}: leave it out for all"
+        )
     check_sampling(pipeline)
     recipe, denoiser = pipeline.recipe, pipeline.denoiser
     sampler = Sampler.parse(recipe.sampling.model_dump() | options)

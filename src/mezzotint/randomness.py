@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, shortened
 
 
 def check_seed(seed: int) -> int:
     """`seed`; raises `MezzotintError` unless it fits 64 bits, beyond which two seeds would give the same numbers."""
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise MezzotintError(f"the seed is {shortened(seed)}; expected a whole number, 0 to 2^64 - 1") from None
     if not 0 <= seed < 2**64:
         shown = seed if seed.bit_length() <= 64 else f"a number of {seed.bit_length()} bits"
         raise MezzotintError(f"the seed is {shown}; expected 0 to {2**64 - 1}, which is 2^64 - 1")

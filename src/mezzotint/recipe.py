@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -780,29 +781,42 @@ def recipe_names() -> list[str]:
     )
 
 
-def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A recipe by its name, by a YAML file or by a run folder, with ``key=value`` overrides applied in order.
+#: ``["training.steps=5", "data=folder:photos"]``, as on the command line; or keys, dotted or nested, with Python's
+#: values: ``{"training.steps": 5, "data": {"name": "folder", "path": Path("photos")}}``
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
+    """A recipe by its name, by a YAML file or by a run folder, with overrides applied in order.
+
+    >>> load_recipe("digits", ["training.steps=500", "training.lr=1e-3"])
+    >>> load_recipe("digits", {"training": {"steps": 500, "lr": 1e-3}, "guidance.scale": 1.5})
 
     A recipe's number of classes is that of its data: on others, or on captions, it is theirs unless it is given, too,
     and with other data the recipe is called NAME-DATA, after the folder or the data set. A run's own recipe keeps both.
     Raises `MezzotintError` for an unknown name or key, a bad value, or a combination that means nothing.
     """
     recipe, given = Recipe.parse(_read(source)), _merged(overrides)
-    if _is_run(source):
-        return override_recipe(recipe, overrides)
     base = recipe.model_dump()
+    if _is_run(source):
+        return Recipe.parse(_merge(base, given, Recipe))
     made = Recipe.parse(_follow_data(base, given, _merge(base, given, Recipe)))
     if "name" in given or (made.data.name, made.data.path) == (recipe.data.name, recipe.data.path):
         return made
     return made.model_copy(update={"name": _called_after(recipe.name, made.data)})
 
 
-def override_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:
-    """`recipe`, perhaps of a trained model, with ``key=value`` overrides applied in order, and nothing else changed.
+def override_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """`recipe`, perhaps of a trained model, with overrides as of `load_recipe` in order, and nothing else changed.
 
     Raises `MezzotintError` as `load_recipe` does.
     """
     return Recipe.parse(_merge(recipe.model_dump(), _merged(overrides), Recipe))
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe itself, or what `load_recipe` finds by its name, file or run folder."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def resolve(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream, text_features: int | None = None) -> Recipe:
@@ -892,11 +906,11 @@ def _is_run(source: str | Path) -> bool:
     return False
 
 
-def _merged(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def _merged(overrides: Overrides) -> dict[str, Any]:
     """What the overrides say in all, the later ones over the earlier."""
     values: dict[str, Any] = {}
-    for override in overrides:
-        values = _merge(values, read_override(override), Recipe)
+    for override in _nested(overrides):
+        values = _merge(values, override, Recipe)
     return values
 
 
@@ -929,6 +943,8 @@ def _follow_data(base: dict[str, Any], top: dict[str, Any], merged: dict[str, An
 
 def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     """The merged mapping of a recipe and of those that it extends; `extending` are those that it is the base of."""
+    if not isinstance(source, str | os.PathLike):
+        raise MezzotintError(f"a recipe's name, file or run folder was expected, not {shortened(source)}")
     path, is_file = Path(source), False
     with suppress(OSError):  # a name that no file can have
         path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
@@ -1009,12 +1025,52 @@ def _named_section(key: str, word: str, section: type[Settings]) -> Any:
     return {by: name} if name and by in section.model_fields else name
 
 
-def read_override(text: str) -> dict[str, Any]:
-    """One dotted ``key=value`` as a nested mapping, the value as it was typed; else raises `MezzotintError`."""
-    key, equals, written = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise MezzotintError(f"override {shortened(text)} is not of the form key=value, e.g. training.steps=1000")
-    value: Any = as_written(written)
+def _nested(overrides: Overrides) -> list[dict[str, Any]]:
+    """Each override as a nested mapping."""
+    if isinstance(overrides, Mapping):
+        return [_at_key(key, _plain(value)) for key, value in overrides.items()]
+    if not isinstance(overrides, Iterable):
+        raise MezzotintError(
+            f"overrides are key=value texts, or a mapping from keys to values, not {shortened(overrides)}"
+        )
+    return [read_override(text) for text in ([overrides] if isinstance(overrides, str) else overrides)]
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python as YAML could hold it: paths as text, arrays and tensors as lists, dotted keys nested."""
+    if isinstance(value, Settings):
+        return value.model_dump()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy's arrays and scalars, and tensors
+        return value.tolist()
+    if isinstance(value, Mapping):
+        plain: dict[str, Any] = {}
+        for key, item in value.items():
+            plain = _laid_over(plain, _at_key(key, _plain(item)))
+        return plain
+    if isinstance(value, list | tuple | range):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key, value in top.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return base | top | {key: _laid_over(base[key], top[key]) for key in both}
+
+
+def _at_key(key: str, value: Any) -> dict[str, Any]:
+    """A value at a dotted key, as a nested mapping."""
+    if not isinstance(key, str) or not all(key.split(".")):
+        raise MezzotintError(f"key {shortened(key)} is no name of a setting; expected one such as training.steps")
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value
+    return cast("dict[str, Any]", value)
+
+
+def read_override(text: str) -> dict[str, Any]:
+    """One dotted ``key=value`` as a nested mapping, the value as it was typed; else raises `MezzotintError`."""
+    key, equals, written = text.partition("=") if isinstance(text, str) else ("", "", "")
+    if not equals or not all(key.split(".")):
+        raise MezzotintError(f"override {shortened(text)} is not of the form key=value, e.g. training.steps=1000")
+    return _at_key(key, as_written(written))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -36,6 +37,19 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    def __init__(self, /, *unnamed: Any, **values: Any) -> None:
+        """Raises `MezzotintError` as `parse` does."""
+        if unnamed:
+            known = ", ".join(type(self).model_fields)
+            raise MezzotintError(f"{type(self).__name__} takes its values by name: {known}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise MezzotintError(_sentence(type(self), error.errors()[0])) from None
+
+    # As pydantic's own: a record within a record is validated without it, so that all of a mistake's place is known.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @field_validator("*")
     @classmethod
     def _fits_float32(cls, value: Any) -> Any:
@@ -52,8 +66,15 @@ class Settings(BaseModel):
         except ValueError as error:
             raise PydanticCustomError("yaml", "{reason}", {"reason": str(error)}) from None
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What differs from the defaults: a recipe has a hundred and fifty fields."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.is_required() or value != field.get_default(call_default_factory=True):
+                yield name, value
+
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> Self:
+    def parse(cls, values: Mapping[str, Any]) -> Self:
         """The record with these values; a bad one raises `MezzotintError` with one sentence."""
         try:
             return cls.model_validate(values)

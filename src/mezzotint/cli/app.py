@@ -6,13 +6,13 @@ import os
 import shlex
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mezzotint import __version__
 from mezzotint.progress import console
 
 
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mezzotint {version('mezzotint')}")
+        typer.echo(f"mezzotint {__version__}")
         raise typer.Exit
 
 

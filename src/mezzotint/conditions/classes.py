@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +52,11 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
     return found
 
 
-def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
+#: one class, or several: numbers (Python's, NumPy's, a tensor or a range of them) and names; "3, otter" is two of them
+Classes = SupportsIndex | str | Iterable[SupportsIndex | str]
+
+
+def parse_classes(classes: Classes, num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
     """Class numbers for numbers or names (any case); the name "null" is the null class, which is `num_classes`.
 
     Of a class called "tench, Tinca tinca" each part is a name, too. Where all classes are named by numbers that are not
@@ -63,8 +70,7 @@ def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: S
         str(i) for i in range(len(class_names))
     ]
     parsed = []
-    for item in classes:
-        text = str(item).strip()
+    for text in _listed(classes, class_names):
         if named := names.find(text):  # a data set's names come first: a class may be named by a digit
             if len(named) > 1:
                 raise MezzotintError(
@@ -87,6 +93,23 @@ def parse_classes(classes: Sequence[int | str], num_classes: int, class_names: S
             hint = closest(text, class_names) if class_names else f"this model has classes 0 to {num_classes - 1}"
             raise MezzotintError(f"class {shortened(text)} is unknown; {hint}")
     return parsed
+
+
+def _listed(classes: Classes, class_names: Sequence[str]) -> list[str]:
+    """Each of `classes` as text."""
+    if isinstance(classes, str):
+        return split_classes(classes, class_names)
+    if isinstance(classes, Tensor | np.ndarray):
+        classes = classes.tolist()  # one number of one without dimensions
+    items = classes if isinstance(classes, Iterable) else [classes]
+    found = []
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | SupportsIndex):
+            raise MezzotintError(f"{shortened(item)} is no class; expected a number or a name")
+        found.append(item.strip() if isinstance(item, str) else str(operator.index(item)))
+    if not found:
+        raise MezzotintError("no classes were given; name one, or leave them out for all of the model's")
+    return found
 
 
 def class_labels(classes: Sequence[int], count: int) -> Tensor:

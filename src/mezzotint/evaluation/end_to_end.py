@@ -30,7 +30,7 @@ from mezzotint.backbones.layers import Block as AttentionBlock
 from mezzotint.conditions.text import Text
 from mezzotint.data.transforms import to_float
 from mezzotint.denoiser import Denoiser
-from mezzotint.errors import MezzotintError
+from mezzotint.errors import MezzotintError, expect
 from mezzotint.evaluation.augmentation import Change, augmented_batches, cropping
 from mezzotint.evaluation.probe import Labelled, accuracy
 from mezzotint.evaluation.probing import TIMES, labelled_sources
@@ -38,7 +38,7 @@ from mezzotint.evaluation.sources import DatasetSource
 from mezzotint.features import features_with_gradients, layers_of, pooled_features
 from mezzotint.files import new_folder, read_tensors, write_text
 from mezzotint.locks import claimed
-from mezzotint.pipeline import PRECISIONS, Pipeline, build, header_list, load_tensors, save_weights
+from mezzotint.pipeline import A_PIPELINE, PRECISIONS, Pipeline, build, header_list, load_tensors, save_weights
 from mezzotint.progress import console, track
 from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings, TrainingSettings, load_recipe
@@ -148,6 +148,7 @@ def finetune_classifier(
     Raises `MezzotintError`, before any step, for a folder in use, an unknown layer or time, data without labels or
     held-out images, clips, and a drop path that has no blocks; and for a loss that is not finite.
     """
+    expect(pipeline, Pipeline, A_PIPELINE)
     with claimed(Path(out)):
         return _finetune_into(
             Path(out), pipeline, settings or FinetuneSettings(), data or pipeline.recipe.data, layers, t, count, quiet

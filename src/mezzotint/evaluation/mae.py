@@ -30,7 +30,7 @@ from mezzotint.pipeline import PRECISIONS
 from mezzotint.pretrained import NO_CODE, from_hub, not_in_weights, quiet, transformers_for
 from mezzotint.progress import track
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings
+from mezzotint.recipe import Recipe, TrainingSettings, as_recipe
 from mezzotint.settings import Decay, LearningRate, Settings
 from mezzotint.training.loop import set_lr
 from mezzotint.training.parallel import choose_device
@@ -70,7 +70,7 @@ class MAESettings(Settings):
 
 
 def train_mae(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     out: str | Path,
     settings: MAESettings | None = None,
     *,
@@ -84,6 +84,7 @@ def train_mae(
     appears whole or not at all; training is not resumed. Raises `MezzotintError` for a recipe whose network has no
     patches, sizes that do not fit, a folder in use, clips, streams and latents, and a loss that is not finite.
     """
+    recipe = as_recipe(recipe)
     with claimed(Path(out)):
         return _train_into(Path(out), recipe, settings or MAESettings(), device, progress)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mezzotint.data.loader import BatchOrder, dataset_batches
 from mezzotint.data.transforms import to_float, to_uint8
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, expect
 from mezzotint.evaluation.augmentation import crop_and_flip
 from mezzotint.evaluation.features import FeatureNetwork
 from mezzotint.evaluation.mae import MAE
@@ -39,7 +39,7 @@ from mezzotint.evaluation.sources import DatasetSource, image_source
 from mezzotint.evaluation.sweep import figure_class
 from mezzotint.features import check_time, chosen_layers, layers_of, pooled_features
 from mezzotint.files import atomic_path, cache_folder, keep, read_tensors, save_tensors
-from mezzotint.pipeline import Pipeline
+from mezzotint.pipeline import A_PIPELINE, Pipeline
 from mezzotint.progress import track
 from mezzotint.randomness import mix
 from mezzotint.recipe import DataSettings
@@ -70,10 +70,10 @@ def probe(
     model: Pipeline | FeatureNetwork | MAE,
     data: DataSettings | None = None,
     *,
-    layers: Sequence[str | int] = (),
-    times: Sequence[float] = (),
+    layers: str | int | Sequence[str | int] = (),
+    times: float | Sequence[float] = (),
     noise: bool = False,
-    probes: Sequence[str] = ("linear",),
+    probes: str | Sequence[str] = ("linear",),
     count: int | None = None,
     k: int = 20,
     epochs: int = 90,
@@ -99,6 +99,9 @@ def probe(
     than ten classes. Raises `MezzotintError`, before any image is looked at, for an unknown layer or probe, a time
     outside of [0, 1], data without labels or held-out images, or a k above the number of training images.
     """
+    expect(model, Pipeline | FeatureNetwork | MAE, f"{A_PIPELINE}, a feature network or a masked autoencoder")
+    probes = [probes] if isinstance(probes, str) else probes
+    times = [times] if isinstance(times, float | int) else times
     if unknown := [name for name in probes if name not in PROBES]:
         raise MezzotintError(f"probe {unknown[0]!r} is unknown; {closest(unknown[0], PROBES)}")
     if not probes:
@@ -190,7 +193,9 @@ def labelled_sources(settings: DataSettings, count: int | None) -> tuple[Dataset
 # ---- Features --------------------------------------------------------------------------------------------------------
 
 
-def model_view(pipeline: Pipeline, layers: Sequence[str | int], t: float, noise: bool = False, seed: int = 0) -> View:
+def model_view(
+    pipeline: Pipeline, layers: str | int | Sequence[str | int], t: float, noise: bool = False, seed: int = 0
+) -> View:
     """A pipeline's layers, told t. Raises `MezzotintError` for an unknown layer or a time outside of [0, 1]."""
     check_time(t)
     denoiser, space = pipeline.denoiser, pipeline.representation
@@ -220,7 +225,7 @@ def _network_view(network: FeatureNetwork) -> View:
     return View(None, (label,), compute, [network.name] if network.cacheable else None)
 
 
-def _mae_view(network: MAE, layers: Sequence[str | int]) -> View:
+def _mae_view(network: MAE, layers: str | int | Sequence[str | int]) -> View:
     def compute(images: Tensor, names: Sequence[str], generators: Sequence[torch.Generator]) -> Mapping[str, Tensor]:
         return network.features(images, names)
 

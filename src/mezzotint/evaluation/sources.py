@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint import data
+from mezzotint.conditions.classes import Classes
 from mezzotint.data.base import content_identity
 from mezzotint.data.folder import UNLABELLED, FileKind, files_below, files_content
 from mezzotint.data.loader import dataset_batches
@@ -550,14 +551,12 @@ class PipelineSource(ImageSource):
         pipeline: Pipeline,
         count: int = 1000,
         *,
-        classes: Sequence[int | str] | None = None,
+        classes: Classes | None = None,
         guidance: float | Guidance | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
         """classes, guidance, seed and the fields of `Sampler` are those of `sample`. Raises `MezzotintError` as it."""
-        if count < 1:
-            raise MezzotintError(f"count must be at least 1, got {count}")
         if pipeline.recipe.data.frames:
             raise MezzotintError("clips are not scored: every score here is one of images")
         check_seed(seed)

@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, expect
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import Reference, reference_statistics
 from mezzotint.evaluation.scores import MAX_ROWS, choose_network, data_settings, decoded_alike, figures
@@ -32,7 +32,7 @@ from mezzotint.evaluation.sources import Images, ImageSource, PipelineSource, ga
 from mezzotint.files import atomic_path, parse_json, write_text
 from mezzotint.guidance import Guidance
 from mezzotint.locks import locked
-from mezzotint.pipeline import Pipeline, choose_labels, conditional_model
+from mezzotint.pipeline import A_PIPELINE, Pipeline, choose_labels, conditional_model
 from mezzotint.progress import console
 from mezzotint.recipe import DataSettings, Recipe, override_recipe
 from mezzotint.samplers import Sampler
@@ -110,6 +110,7 @@ def sweep(
     Raises `MezzotintError`, before anything is drawn, for an unknown axis or value, a grid of which nothing has a
     meaning, or without matplotlib for plots; and as `evaluate` does.
     """
+    expect(pipeline, Pipeline, A_PIPELINE)
     with ExitStack() as stack:
         of_first(lambda: stack.enter_context(locked(Path(out) / "sweep", what=Path(out))))
         return _sweep_into(

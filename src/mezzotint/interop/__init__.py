@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mezzotint import pipeline
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.devices import check_device
+from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.files import new_folder, read_tensors, save_tensors
 from mezzotint.interop import diffusers, hub, mdm, official
 from mezzotint.interop.checkpoint import (
@@ -25,7 +27,7 @@ from mezzotint.interop.checkpoint import (
 )
 from mezzotint.pipeline import Pipeline, build_denoiser
 from mezzotint.pretrained import WEIGHTS
-from mezzotint.recipe import Recipe, load_recipe
+from mezzotint.recipe import Recipe, as_recipe, load_recipe
 from mezzotint.representations.tokenizer import OWN_FOLDER, TOKENIZERS
 
 __all__ = ["Checkpoint", "convert", "load", "read_checkpoint"]
@@ -33,7 +35,9 @@ __all__ = ["Checkpoint", "convert", "load", "read_checkpoint"]
 Format = Literal["run", "diffusers", "official"]
 
 
-def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights: str = "model") -> Checkpoint:
+def read_checkpoint(
+    source: str | Path, recipe: Recipe | str | Path | None = None, *, weights: str = "model"
+) -> Checkpoint:
     """The weights in `source`, whatever wrote them, and what they mean.
 
     source: a run folder (`weights`.safetensors of it), a .safetensors file, a .pt or .pth of the official DiT, SiT or
@@ -42,7 +46,7 @@ def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights
     file's. Nothing in a file is run. Raises `MezzotintError` where a file is damaged, not a network of ours, or
     ambiguous.
     """
-    path = locate(source)
+    path, recipe = locate(source), None if recipe is None else as_recipe(recipe)
     if (path / "recipe.yaml").is_file():
         file = path / f"{weights}.safetensors"
         if not file.is_file():
@@ -74,7 +78,7 @@ def read_checkpoint(source: str | Path, recipe: Recipe | None = None, *, weights
 def load(
     source: str | Path,
     *,
-    recipe: Recipe | str | None = None,
+    recipe: Recipe | str | Path | None = None,
     weights: str = "model",
     device: torch.device | str = "cpu",
 ) -> Pipeline:
@@ -83,10 +87,10 @@ def load(
     recipe: a recipe, its name or its file, for what the file does not tell; the file's network must be the recipe's.
     Raises `MezzotintError` as `read_checkpoint` does, and where the two differ.
     """
-    path = locate(source)
+    path, device = locate(source), check_device(device)
     if recipe is None and (path / "recipe.yaml").is_file():
         return pipeline.load(path, weights=weights, device=device)
-    asked = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    asked = None if recipe is None else as_recipe(recipe)
     checkpoint = read_checkpoint(path, asked, weights=weights)
     loaded = checkpoint.recipe
     if asked is not None:
@@ -108,7 +112,7 @@ def convert(
     out: str | Path,
     *,
     to: Format = "run",
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     weights: str = "model",
     vae: str | None = None,
 ) -> Path:
@@ -167,6 +171,8 @@ def locate(source: str | Path) -> Path:
 
     Raises `MezzotintError` where there is none.
     """
+    if not isinstance(source, str | PathLike):
+        raise MezzotintError(f"a file, a folder or a name on the hub was expected, not {shortened(source)}")
     path, name = Path(source), str(source)
     if path.exists():
         return path

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mezzotint.denoiser import Model
+from mezzotint.errors import MezzotintError, closest
+from mezzotint.randomness import generator_for
 from mezzotint.samplers.noise import Generators, randn_like
 from mezzotint.samplers.ode import integrate
+
+Divergence = Literal["hutchinson", "exact"]
 
 
 def log_likelihood(
@@ -18,21 +22,35 @@ def log_likelihood(
     x: Tensor,
     *,
     generator: Generators | None = None,
-    divergence: Literal["hutchinson", "exact"] = "hutchinson",
+    divergence: Divergence = "hutchinson",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     eps: float = 1e-5,
 ) -> Tensor:
     """log p(x) in nats (B,), by integrating dx = v dt from data to noise with dopri5.
 
+    model: a `Denoiser` (of an unconditional model, or for the null class), or a `ConditionalModel` with labels and
+    guidance. x (B, *in_shape): data in the space that the denoiser works in, pixels in [-1, 1] or latents.
+
     d log p_t(x_t) / dt = −div v, so log p_0(x) = log N(x_1; 0, prior_std²) + ∫ div v dt. With ``hutchinson`` the
     divergence is estimated with one Rademacher probe per example, fixed along the path and drawn from `generator`
-    (unbiased; average several calls); ``exact`` costs one backward pass per dimension. Where the velocity is singular
+    (None: one of seed 0, so that a call gives the same numbers again; unbiased, so average calls with generators of
+    several seeds); ``exact`` costs one backward pass per dimension. Where the velocity is singular
     at t = 0 the integral starts at eps, or at a discrete schedule's first step, with x standing for x_t there.
+
+    Raises `MezzotintError` for an unknown divergence, and where no step of the solver is small enough.
     """
+    if divergence not in get_args(Divergence):
+        raise MezzotintError(f"divergence {divergence!r} is unknown; {closest(str(divergence), get_args(Divergence))}")
+    if not callable(model):
+        raise MezzotintError(
+            f"the likelihood is that of a model called as model(x, t), not of a {type(model).__name__}; give its "
+            "denoiser, or ConditionalModel(denoiser, labels)"
+        )
+    if not x.is_floating_point():
+        raise MezzotintError(f"a likelihood is that of floating-point data, images in [-1, 1]; x is of {x.dtype}")
     if divergence == "hutchinson":
-        if generator is None:
-            raise ValueError("divergence='hutchinson' draws a random probe: pass a generator")
+        generator = generator_for(0, device=x.device) if generator is None else generator
         probes = randn_like(x, generator).sign()[None]
     else:
         unit = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)

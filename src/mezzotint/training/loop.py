@@ -39,7 +39,7 @@ from mezzotint.objectives import Objective
 from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings, advice, load_recipe, resolve
+from mezzotint.recipe import Recipe, TrainingSettings, advice, as_recipe, load_recipe, resolve
 from mezzotint.representations import TOKENIZERS, Encoder, KLAutoencoder, PatchPCA, PyramidEncoder
 from mezzotint.representations.image_space import FullBasisEncoder
 from mezzotint.training.checkpoints import Checkpoints
@@ -59,7 +59,7 @@ TRAINING, VALIDATION, DROPOUT = 1, 2, 5
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     run: str | Path,
     *,
     resume: bool = False,
@@ -83,6 +83,7 @@ def train(
     Raises `MezzotintError` for a folder that holds another run, fewer steps than a resumed one has made, data that do
     not fit, a non-finite loss, a full disk.
     """
+    recipe = as_recipe(recipe)
     settings, run = recipe.training, Path(run)
     if not is_utf8(run):
         raise MezzotintError(f"{run} is not in UTF-8, as TensorBoard's logs need it; choose another name")

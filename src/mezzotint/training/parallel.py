@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mezzotint.devices import check_device
 from mezzotint.errors import MezzotintError
 from mezzotint.locks import locked
 
@@ -116,23 +117,12 @@ def is_main_process() -> bool:
     return rank_and_size()[0] == 0
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: torch.device | str = "auto") -> torch.device:
     """The device of this name; auto is this process's GPU where there is one, else the CPU.
 
     Raises `MezzotintError` where the device does not exist.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", _variable("LOCAL_RANK", 0))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise MezzotintError(
-            f"device {name!r} is not available here; use cpu, or auto to take a GPU if there is one"
-        ) from None
-    return device
+    return check_device(name, _variable("LOCAL_RANK", 0))
 
 
 @contextmanager

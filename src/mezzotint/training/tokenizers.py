@@ -23,7 +23,7 @@ from mezzotint.images import save_grid
 from mezzotint.locks import claimed
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for
-from mezzotint.recipe import Recipe
+from mezzotint.recipe import Recipe, as_recipe
 from mezzotint.representations.pca import Moments, principal_components
 from mezzotint.representations.tokenizer import (
     CLASSES,
@@ -57,7 +57,7 @@ LOG_EVERY = 100
 
 
 def fit_tokenizer(
-    recipe: Recipe, out: str | Path, *, device: str = "auto", quiet: bool = False, trust_code: bool = False
+    recipe: Recipe | str | Path, out: str | Path, *, device: str = "auto", quiet: bool = False, trust_code: bool = False
 ) -> dict[str, Any]:
     """Fit the tokenizer of `recipe.representation` to `recipe.data` into the new folder `out`; returns its metrics.
 
@@ -66,6 +66,7 @@ def fit_tokenizer(
     module:function that the recipe may name. Raises `MezzotintError` for a representation that is not fitted, a folder
     in use, data that do not fit, a non-finite loss, a full disk.
     """
+    recipe = as_recipe(recipe)
     settings, out = recipe.representation, Path(out)
     if settings.name not in TOKENIZERS:
         raise MezzotintError(
