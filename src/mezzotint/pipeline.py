@@ -309,6 +309,19 @@ def choose_labels(
     return class_labels(parse_classes(classes, pipeline.denoiser.num_classes, pipeline.class_names), count)
 
 
+def label_names(pipeline: Pipeline, labels: Tensor | Sequence[str] | None) -> list[str]:
+    """What to write beside the images of these labels, which `choose_labels` gave: captions, or classes' names.
+
+    Of a class with several names, "tench, Tinca tinca", the first. None where the classes have no names.
+    """
+    if not isinstance(labels, Tensor):
+        return list(labels or ())
+    if not pipeline.class_names:
+        return []
+    names = [name.split(", ")[0] for name in pipeline.class_names]
+    return [names[label] if label < len(names) else "no class" for label in labels.tolist()]
+
+
 def sample(
     pipeline: Pipeline,
     classes: Classes | None = None,

@@ -52,6 +52,9 @@ def sample(
     levels: Annotated[
         Path | None, typer.Option(help="Also a PNG of all resolutions of a Matryoshka network side by side.")
     ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels/--no-labels", help="Write class names or captions into the pictures.")
+    ] = True,
     fps: Annotated[float, typer.Option(help="Clips: frames per second, in a .gif or an .mp4.")] = 8.0,
     png: Annotated[Path | None, typer.Option(help="Also write every image as a PNG into this folder.")] = None,
     npz: Annotated[
@@ -69,8 +72,8 @@ def sample(
     from mezzotint import images as output
     from mezzotint.archive import read_npz_images, sample_to_npz
     from mezzotint.conditions import split_classes
+    from mezzotint.pipeline import choose_labels, label_names, sample_levels
     from mezzotint.pipeline import sample as draw
-    from mezzotint.pipeline import sample_levels
     from mezzotint.training.parallel import rank_and_size
 
     rank, world_size = rank_and_size()
@@ -107,6 +110,7 @@ def sample(
         logging.getLogger("mezzotint").warning(
             "%s holds %d other files, such as %s, which stay beside the %d images", png, len(others), others[-1], count
         )
+    texts = label_names(pipeline, choose_labels(pipeline, names, count, captions)) if labels else []
     pyramid = []
     if npz is not None:
         options |= {"rank": rank, "world_size": world_size, "progress": rank == 0}
@@ -116,8 +120,9 @@ def sample(
             raise stopped(context) from None
         if rank > 0:
             return
-        every = max(1, count // MAX_GRID)
-        final = read_npz_images(npz, range(0, count, every)[:MAX_GRID])
+        shown = range(0, count, max(1, count // MAX_GRID))[:MAX_GRID]
+        final = read_npz_images(npz, shown)
+        texts = [texts[i] for i in shown] if texts else []
     elif levels is not None:
         pyramid = sample_levels(pipeline, names, count, progress=True, **options)
         final = pyramid[-1]
@@ -127,12 +132,12 @@ def sample(
     columns = len(final) // len(asked) if 1 < len(asked) < len(final) and len(final) % len(asked) == 0 else 10
     columns = min(columns, 20)
     if clips:
-        output.save_video(final, out, fps, columns=columns)
+        output.save_video(final, out, fps, columns=columns, labels=texts)
     else:
-        output.save_grid(final, out, columns=columns)
+        output.save_grid(final, out, columns=columns, labels=texts)
     written = [out]
     if levels is not None:
-        output.save_pyramid_grid(pyramid, levels, columns=min(columns, 4))
+        output.save_pyramid_grid(pyramid, levels, columns=min(columns, 4), labels=texts)
         written.append(levels)
     if png is not None:
         for start in range(0, count, MAX_IN_MEMORY):
@@ -142,7 +147,7 @@ def sample(
     if npz is not None:
         written.append(npz)
     if trajectory is not None:
-        output.save_animation(drawn, trajectory, columns=min(columns, 20))
+        output.save_animation(drawn, trajectory, columns=columns, labels=texts)
         written.append(trajectory)
     for path in written:
         results.print(str(path), soft_wrap=True)
