@@ -377,3 +377,19 @@ def test_compiles_whole() -> None:
     network = dense(around(inner, channels=(8, 8), normalise_input=True, micro_scale=8.0))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(noise(2, 160), T, captions()), network(noise(2, 160), T, captions()))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_level_around_a_transformer_attends_to_padding_where_told(masked: bool) -> None:
+    inner = DiT(input_size=4, patch_size=2, in_channels=1, width=16, depth=1, heads=2, text_features=6)
+    sizes: dict[str, Any] = {"channels": (8, 8), "resblocks": (1, 1), "attention": (0, 1), "heads": 2, "groups": 4}
+    network = NestedUNet(inner, **sizes, masked_text=masked).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    tokens, mask = torch.randn(2, 3, 6, generator=generator), torch.tensor([[True, True, False]] * 2)
+    x = torch.randn(2, *network.in_shape, generator=generator)
+    other = torch.where(mask.unsqueeze(-1), tokens, tokens + 1)
+    with torch.no_grad():
+        one, two = (network(x, T, Text(some, mask)) for some in (tokens, other))
+    assert torch.equal(one, two) == masked

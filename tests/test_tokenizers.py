@@ -259,6 +259,15 @@ def test_fitting_again_gives_the_same(tiny: Recipe, tmp_path: Path) -> None:
     assert {*metrics["losses"]} == {"loss", "reconstruction", "kl", "adversarial", "discriminator"}
 
 
+def test_first_weights_are_drawn_by_the_seed(tiny: Recipe, tmp_path: Path) -> None:
+    words = ["representation={name: patch-ae, stride: 4, channels: 3}", "representation.fit={steps: 1, lr: 1.0e-12}"]
+    drawn = []
+    for seed in (0, 1):  # a step hardly moves them
+        fit_tokenizer(override_recipe(tiny, [*words, f"seed={seed}"]), tmp_path / str(seed), quiet=True)
+        drawn.append(load_file(tmp_path / str(seed) / "tokenizer.safetensors")["encoder"])
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
