@@ -784,6 +784,8 @@ def test_a_classifier_is_fitted_once(fits: list[int], cache: Path) -> None:
     images = noise(5, 1, 8, 8)
     assert torch.equal(again(images)["features"], network(images)["features"])
     assert torch.equal(network(images.expand(-1, 3, -1, -1))["features"], network(images)["features"])
+    assert "seed 1" in feature_network("classifier", data="digits", seed=1).name
+    assert fits == [0, 1]
     trained_classifier("digits", seed=1)
     assert fits == [0, 1]
     (file,) = (cache / "classifiers").glob("*seed-0*")

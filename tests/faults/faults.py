@@ -98,11 +98,16 @@ TRAINING = [
         ("micro-batches draw the same noise", "draw.rows(rows))", "draw.rows(slice(micro)))"),
         (
             "resuming forgets the optimizer",
-            '{**state, "ema": saved})',
-            '{"backbone": state["backbone"], "ema": saved})',
+            '{**state, "ema": saved if decays else []}',
+            '{"backbone": state["backbone"], "ema": saved if decays else []}',
             "resume training",
         ),
-        ("resuming forgets the averages", '{**state, "ema": saved})', '{**state, "ema": {}})', "resume training"),
+        (
+            "resuming forgets the averages",
+            '{**state, "ema": saved if decays else []}',
+            '{**state, "ema": []}',
+            "resume training",
+        ),
         (
             "validation is of the weights, not of the average",
             "validation_loss(recipe, averaged,",
@@ -164,6 +169,16 @@ TRAINING = [
             'own = {"weight_decay": 0.0}',
             'own = {"weight_decay": settings.weight_decay}',
             "diffussm training",
+        ),
+        (
+            "every process leaves out the same",
+            "mix(recipe.seed, DROPOUT, step, here.rank)",
+            "mix(recipe.seed, DROPOUT, step)",
+        ),
+        (
+            "every step leaves out the same",
+            "mix(recipe.seed, DROPOUT, step, here.rank)",
+            "mix(recipe.seed, DROPOUT, here.rank)",
         ),
         ("dropout is not in training mode", "pipeline.denoiser.train()", "pipeline.denoiser"),
         (
@@ -605,6 +620,7 @@ MODELS = [
             "captioned_models",
         ),
         ("labels begin anew in each batch", "labels[list(indices)].to", "labels[: len(indices)].to"),
+        ("content forgets the tokenizer", 'if hasattr(part, "digest")}', 'if name != "representation"}'),
         ("noise to begin with has variance 1", "x = denoiser.interpolant.prior_std * randn(", "x = randn("),
         ("all levels are drawn", "denoiser.level_shapes[:levels])]", "denoiser.level_shapes)]", "pyramid stages"),
     ),
@@ -1314,7 +1330,7 @@ EVALUATION = [
         ),
         (
             "the identity of samples forgets the weights",
-            "[tensors_digest(pipeline.denoiser.backbone.state_dict()), recipe,",
+            "[pipeline.digests, recipe,",
             "[recipe,",
             "identities features",
         ),
@@ -1574,11 +1590,7 @@ EVALUATION = [
         ("a cell forgets the count", '        "count": count,\n', ""),
         ("a cell forgets the features", '        "features": network.name,\n', ""),
         ("a cell forgets the reference", '        "reference": real.source,\n', ""),
-        (
-            "a cell forgets the weights",
-            '        "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),\n',
-            "",
-        ),
+        ("a cell forgets the weights", "        **pipeline.digests,\n", ""),
         ("cells are not guided", "guidance=cell.guidance, seed=seed, **options)", "seed=seed, **options)"),
         ("the seed is dropped", "guidance=cell.guidance, seed=seed, **options)", "guidance=cell.guidance, **options)"),
         (
@@ -1620,11 +1632,7 @@ EVALUATION = [
             "identities archive captioned_models",
         ),
         ("a plan forgets the seed", '        "seed": seed,\n', ""),
-        (
-            "a plan forgets the weights",
-            '        "weights": tensors_digest(pipeline.denoiser.backbone.state_dict()),\n',
-            "",
-        ),
+        ("a plan forgets the weights", "        **pipeline.digests,\n", ""),
         ("the seed is dropped", "            seed=seed,\n", ""),
         (
             "the negative prompt is dropped",
