@@ -1688,7 +1688,7 @@ RECIPES = [
             "representation.model_copy()",
             "latents",
         ),
-        ("overrides of a run are dropped", "return override_recipe(recipe, overrides)", "return recipe"),
+        ("overrides of a run are dropped", "return Recipe.parse(_merge(base, given, Recipe))", "return recipe"),
     ),
     *_in(
         "recipe.py",
@@ -1736,8 +1736,8 @@ COMMANDS = [
         ("compile is dropped", "pipeline.prepare(precision, compiled=compiled)", "pipeline.prepare(precision)"),
         (
             "the rate of frames is dropped",
-            "output.save_video(final, out, fps, columns=columns)",
-            "output.save_video(final, out, columns=columns)",
+            "output.save_video(final, out, fps, columns=columns, labels=texts)",
+            "output.save_video(final, out, columns=columns, labels=texts)",
             "every_option clips",
         ),
     ),
