@@ -110,8 +110,7 @@ def sample(
         logging.getLogger("mezzotint").warning(
             "%s holds %d other files, such as %s, which stay beside the %d images", png, len(others), others[-1], count
         )
-    texts = label_names(pipeline, choose_labels(pipeline, names, count, captions)) if labels else []
-    pyramid = []
+    pyramid, shown = [], range(count)
     if npz is not None:
         options |= {"rank": rank, "world_size": world_size, "progress": rank == 0}
         try:
@@ -122,13 +121,14 @@ def sample(
             return
         shown = range(0, count, max(1, count // MAX_GRID))[:MAX_GRID]
         final = read_npz_images(npz, shown)
-        texts = [texts[i] for i in shown] if texts else []
     elif levels is not None:
         pyramid = sample_levels(pipeline, names, count, progress=True, **options)
         final = pyramid[-1]
     else:
         drawn = draw(pipeline, names, count, progress=True, trajectory=trajectory is not None, **options)
         final = drawn[-1] if trajectory else drawn
+    texts = label_names(pipeline, choose_labels(pipeline, names, count, captions)) if labels else []
+    texts = [texts[i] for i in shown] if texts else []
     columns = len(final) // len(asked) if 1 < len(asked) < len(final) and len(final) % len(asked) == 0 else 10
     columns = min(columns, 20)
     if clips:
