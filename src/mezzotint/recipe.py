@@ -30,6 +30,7 @@ from mezzotint.data.video import VIDEOS
 from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.guidance import Guidance
 from mezzotint.interpolants import InterpolantName
+from mezzotint.recipes import recipe_names as recipe_names
 from mezzotint.representations import TOKENIZERS, FitSettings
 from mezzotint.representations.tokenizer import INFO, OWN_FOLDER, check_settings
 from mezzotint.samplers import Sampler
@@ -770,15 +771,6 @@ class Recipe(Settings):
     def write(self, folder: Path) -> None:
         """Write the recipe.yaml of a run's folder, sealed (`mezzotint.seal`)."""
         files.write_text(folder / "recipe.yaml", sealed(self.to_yaml()))
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that the library ships."""
-    return sorted(
-        file.name.removesuffix(".yaml")
-        for file in resources.files("mezzotint.recipes").iterdir()
-        if file.name.endswith(".yaml")
-    )
 
 
 #: ``["training.steps=5", "data=folder:photos"]``, as on the command line; or keys, dotted or nested, with Python's

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.completion import complete_cache
 from mezzotint.cli.options import Json
 from mezzotint.cli.tables import Table, print_json, print_table
 from mezzotint.errors import MezzotintError
@@ -15,9 +16,15 @@ from mezzotint.progress import console, results
 def cache(
     action: Annotated[
         str | None,
-        typer.Argument(metavar="clear", help="Remove what is kept. It is made again when it is next needed."),
+        typer.Argument(
+            metavar="clear",
+            help="Remove what is kept. It is made again when it is next needed.",
+            autocompletion=complete_cache,
+        ),
     ] = None,
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Of one kind alone.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help="Of one kind alone.", autocompletion=complete_cache)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is kept in the cache folder and how large it is, or clear it.

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mezzotint.cli.options import Overrides, Weights, complete_recipe
+from mezzotint.cli.completion import complete_option, complete_recipe, complete_run
+from mezzotint.cli.options import Overrides, Weights
 from mezzotint.errors import MezzotintError
 from mezzotint.progress import results
 
@@ -15,14 +16,19 @@ from mezzotint.progress import results
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="An official .pt, a diffusers folder, a run folder, or a hub name."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="An official .pt, a diffusers folder, a run folder, or a hub name.",
+            autocompletion=complete_run,
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder (official: the .pt) to write.")],
     overrides: Overrides = None,
     to: Annotated[
         str,
         typer.Option(
-            help="run: a run folder; diffusers: a folder for DiTPipeline; official: a .pt for the official code."
+            help="run: a run folder; diffusers: a folder for DiTPipeline; official: a .pt for the official code.",
+            autocompletion=complete_option("--to"),
         ),
     ] = "run",
     recipe: Annotated[

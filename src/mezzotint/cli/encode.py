@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.app import stopped
-from mezzotint.cli.options import Device, Overrides, complete_recipe
+from mezzotint.cli.completion import complete_dataset, complete_option
+from mezzotint.cli.options import Device, Overrides
 from mezzotint.progress import results
 
 
@@ -20,13 +21,21 @@ def encode(
             metavar="DATASET",
             help="folder:PATH, huggingface:NAME or idx:PATH, encoded as for the published models (256 × 256); or "
             "a recipe, whose data and autoencoder are taken.",
-            autocompletion=complete_recipe,
+            autocompletion=complete_dataset,
         ),
     ],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The folder of latents to write, for data=latents:OUT.")] = Path("latents"),
-    split: Annotated[list[str] | None, typer.Option(help="train, test. Default: what there is.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16: how the latents are stored.")] = "float32",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="train, test. Default: what there is.", autocompletion=complete_option("--split")),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, float16 or bfloat16: how the latents are stored.", autocompletion=complete_option("--dtype")
+        ),
+    ] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     device: Device = "auto",
 ) -> None:

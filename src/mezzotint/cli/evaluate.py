@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli.completion import complete_option, complete_reference, complete_scored
 from mezzotint.cli.models import WITH_DATA, is_recipe, open_model, run_folder
-from mezzotint.cli.options import BatchSize, Compiled, Device, Json, Precision, Seed, Weights, complete_recipe
+from mezzotint.cli.options import BatchSize, Compiled, Device, Json, Precision, Seed, Weights
 from mezzotint.cli.tables import json_text, print_json, print_scores
 from mezzotint.errors import MezzotintError
 from mezzotint.progress import console
@@ -21,23 +22,25 @@ def evaluate(
             metavar="MODEL",
             help="A run folder, a checkpoint, a recipe with its --weights; or images: a folder, an .npz, "
             "module:function.",
-            autocompletion=complete_recipe,
+            autocompletion=complete_scored,
         ),
     ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REFERENCE] [KEY=VALUE]...",
+            metavar="REFERENCE|KEY=VALUE",
             help="Real images: a data set such as folder:PATH, a recipe for its data, a folder, an .npz of images or "
             "statistics; default: held-out images of the model's data. Overrides of sampling, guidance, representation "
             "and data.",
+            autocompletion=complete_reference,
         ),
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
             help="inception, dinov2, clip, classifier, pixels or module:function. Default: the classifier of a "
-            "labelled data set of up to 64 pixels a side, else inception."
+            "labelled data set of up to 64 pixels a side, else inception.",
+            autocompletion=complete_option("--features"),
         ),
     ] = None,
     feature_weights: Annotated[
@@ -46,7 +49,9 @@ def evaluate(
     count: Annotated[
         int | None, typer.Option(min=2, help="Images to score. Default: 1,000 samples, or all images.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="As for 'mezzotint sample'.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="As for 'mezzotint sample'.", autocompletion=complete_option("--sampler"))
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Score a second set, guided by this scale.")] = None,
     infinity: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.completion import complete_overrides
 from mezzotint.cli.models import WITH_DATA, open_model, own_section, recipe_of
 from mezzotint.cli.options import Device, Json, ModelArgument, Weights
 from mezzotint.cli.tables import print_json
@@ -18,8 +19,9 @@ def finetune(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Overrides of data and representation, and finetune.KEY, e.g. data=folder:photos finetune.mixup=0.",
+            autocompletion=complete_overrides(WITH_DATA, "finetune"),
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="How many of the first layers. Default: half of them.")] = None,

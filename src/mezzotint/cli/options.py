@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what completes them."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from typing import Annotated
 
 import typer
 
-
-def complete_recipe(incomplete: str) -> list[str]:
-    from mezzotint.recipe import recipe_names
-
-    return [name for name in recipe_names() if name.startswith(incomplete)]
+from mezzotint.cli.completion import (
+    complete_device,
+    complete_model,
+    complete_option,
+    complete_overrides,
+    complete_recipe,
+    complete_weights,
+)
+from mezzotint.cli.models import SAMPLED, WITH_DATA
 
 
 def seed_option(seed: int) -> int:
@@ -28,13 +32,17 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=500 interpolant=gvp data=folder:photos."
+        metavar="KEY=VALUE",
+        help="Overrides, e.g. training.steps=500 interpolant=gvp data=folder:photos.",
+        autocompletion=complete_overrides(),
     ),
 ]
 DataOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides of the data and the representation, e.g. data=folder:photos."
+        metavar="KEY=VALUE",
+        help="Overrides of the data and the representation, e.g. data=folder:photos.",
+        autocompletion=complete_overrides(WITH_DATA),
     ),
 ]
 ModelArgument = Annotated[
@@ -42,27 +50,41 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A run folder, an official file of DiT, SiT or MDM, a diffusers folder; or a recipe, with its --weights.",
-        autocompletion=complete_recipe,
+        autocompletion=complete_model,
     ),
 ]
 ModelOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Overrides of sampling, guidance, representation and condition, e.g. sampling.eta=0.5; of a recipe, "
         "anything.",
+        autocompletion=complete_overrides(SAMPLED),
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.", autocompletion=complete_device),
+]
 Seed = Annotated[
     int,
     typer.Option(callback=seed_option, help="Seed of the noise; image i depends on it, on i and on its class alone."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
 Weights = Annotated[
-    str, typer.Option(help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.")
+    str,
+    typer.Option(
+        help="Which weights of a run: model, or model-ema-<decay>. With a recipe: the checkpoint.",
+        autocompletion=complete_weights,
+    ),
 ]
-Precision = Annotated[str, typer.Option(help="fp32, or bf16: the network's weights and activations in bfloat16.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="fp32, or bf16: the network's weights and activations in bfloat16.",
+        autocompletion=complete_option("--precision"),
+    ),
+]
 DataChanged = Annotated[bool, typer.Option("--data-changed", help="Go on although the data set has changed.")]
 Override = Annotated[
     bool,

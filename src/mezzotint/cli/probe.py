@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli.completion import complete_option
 from mezzotint.cli.models import WITH_DATA, open_model, recipe_of, run_folder
 from mezzotint.cli.options import BatchSize, DataOverrides, Device, Json, ModelArgument, Precision, Weights, seed_option
 from mezzotint.cli.tables import Table, json_text, print_json, print_table
@@ -27,19 +28,27 @@ def probe(
         typer.Option(help="A time in [0, 1] that the network is told; again for more. Default: 0.01."),
     ] = None,
     noise: Annotated[bool, typer.Option("--noise/--clean", help="Noised images, or clean ones.")] = False,
-    probe: Annotated[str, typer.Option(help="linear, knn, ridge; several with commas between.")] = "linear",
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="linear, knn, ridge; several with commas between.", autocompletion=complete_option("--probe")
+        ),
+    ] = "linear",
     features: Annotated[
         str | None,
         typer.Option(
             help="Features of another kind on the same data: pixels, pca:COMPONENTS, mae:FOLDER, dinov2, "
-            "module:function, …"
+            "module:function, …",
+            autocompletion=complete_option("--features", "pca:", "mae:"),
         ),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="The same network with fresh weights.")] = False,
     count: Annotated[int | None, typer.Option(min=2, help="Training images to fit on. Default: all.")] = None,
     k: Annotated[int, typer.Option(help="knn: neighbours.")] = 20,
     epochs: Annotated[int, typer.Option(help="linear: epochs; at least 300 updates are made.")] = 90,
-    optimizer: Annotated[str, typer.Option(help="linear: sgd, or lars for large sets.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help="linear: sgd, or lars for large sets.", autocompletion=complete_option("--optimizer"))
+    ] = "sgd",
     augment: Annotated[
         bool, typer.Option("--augment", help="linear: crop and flip at random; a forward pass an epoch, nothing kept.")
     ] = False,

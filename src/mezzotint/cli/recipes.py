@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mezzotint.cli.options import Json, Overrides, complete_recipe
+from mezzotint.cli.completion import complete_recipe
+from mezzotint.cli.options import Json, Overrides
 from mezzotint.cli.tables import Table, print_json, print_table
 from mezzotint.errors import MezzotintError
 from mezzotint.progress import results

@@ -8,17 +8,22 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.app import stopped
+from mezzotint.cli.completion import complete_overrides, complete_run
 from mezzotint.cli.options import DataChanged, Device, Override, TrustCode
 from mezzotint.cli.train import say_what_next
 
 
 def resume(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'mezzotint train' wrote.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that 'mezzotint train' wrote.", autocompletion=complete_run)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="What a resumed run may change, e.g. training.log_every=10 data.path=FOLDER."
+            metavar="KEY=VALUE",
+            help="What a resumed run may change, e.g. training.log_every=10 data.path=FOLDER.",
+            autocompletion=complete_overrides(),
         ),
     ] = None,
     steps: Annotated[

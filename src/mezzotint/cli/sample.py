@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.app import stopped
+from mezzotint.cli.completion import complete_option
 from mezzotint.cli.models import open_model, run_folder
 from mezzotint.cli.options import BatchSize, Compiled, Device, ModelArgument, ModelOverrides, Precision, Seed, Weights
 from mezzotint.errors import MezzotintError
@@ -36,7 +37,10 @@ def sample(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddpm, ddim, ode-euler, ode-heun, ode-rk4, ode-dopri5, sde-<w>, sde-heun-<w>, dpm-solver++."),
+        typer.Option(
+            help="ddpm, ddim, ode-euler, ode-heun, ode-rk4, ode-dopri5, sde-<w>, sde-heun-<w>, dpm-solver++.",
+            autocompletion=complete_option("--sampler"),
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.app import stopped
+from mezzotint.cli.completion import complete_option, complete_overrides
 from mezzotint.cli.options import Device, Json
 from mezzotint.cli.tables import Table, duration, print_json, print_table
 from mezzotint.errors import MezzotintError
@@ -19,9 +20,15 @@ def study(
     name: Annotated[str, typer.Argument(metavar="STUDY", help="ldae: the trajectory from DiT to l-DAE.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of all its recipes, e.g. training.steps=2000."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Overrides of all its recipes, e.g. training.steps=2000.",
+            autocompletion=complete_overrides(),
+        ),
     ] = None,
-    data: Annotated[str, typer.Option(help="digits or fashion-mnist.")] = "fashion-mnist",
+    data: Annotated[
+        str, typer.Option(help="digits or fashion-mnist.", autocompletion=complete_option("--study-data"))
+    ] = "fashion-mnist",
     seeds: Annotated[str, typer.Option(help="Seeds with commas between; every cell is trained with each.")] = "0,1",
     cells: Annotated[
         str, typer.Option(help="Cells by name or group (trajectory, dimension, noise), with commas. Default: all.")

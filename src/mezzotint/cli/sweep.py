@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.app import stopped
+from mezzotint.cli.completion import complete_axes, complete_option
 from mezzotint.cli.models import WITH_DATA, open_model, run_folder
 from mezzotint.cli.options import BatchSize, Compiled, Device, Json, ModelArgument, Precision, Seed, Weights
 from mezzotint.cli.tables import Table, print_json, print_table
@@ -21,11 +22,14 @@ def sweep(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="AXIS=VALUE,VALUE...",
+            metavar="AXIS=VALUE,VALUE",
             help="sampler, steps, guidance, or a key of sampling or guidance, with the values to go through.",
+            autocompletion=complete_axes,
         ),
     ],
-    features: Annotated[str | None, typer.Option(help="As for 'mezzotint evaluate'.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="As for 'mezzotint evaluate'.", autocompletion=complete_option("--features"))
+    ] = None,
     feature_weights: Annotated[str | None, typer.Option(help="As for 'mezzotint evaluate'.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Real images, as for 'mezzotint evaluate'; default: those of the model's data.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.completion import complete_overrides
 from mezzotint.cli.models import own_section
 from mezzotint.cli.options import Device, Json, RecipeArgument
 from mezzotint.cli.tables import print_json
@@ -18,7 +19,9 @@ def train_mae(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Overrides of the recipe, and mae.KEY, e.g. training.steps=500 mae.depth=4."
+            metavar="KEY=VALUE",
+            help="Overrides of the recipe, and mae.KEY, e.g. training.steps=500 mae.depth=4.",
+            autocompletion=complete_overrides((), "mae"),
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write, for --features mae:OUT.")] = Path("mae"),
