@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     from mezzotint.files import cache_folder
 
     return {
-        "mezzotint": {"version": version("mezzotint"), "commit": commit(Path(mezzotint.__file__).parents[2])},
+        "mezzotint": {"version": mezzotint.__version__, "commit": commit(Path(mezzotint.__file__).parents[2])},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages(),
