@@ -27,7 +27,7 @@ from test_damage import flips
 
 import mezzotint
 from mezzotint.data import BatchOrder, CachedLatents, digits, encode_dataset, image_folder, iterate_batches
-from mezzotint.data.latents import Shard, cached_latents, read_info
+from mezzotint.data.latents import Shard, cached_latents, read_info, write_shard
 from mezzotint.data.transforms import to_float
 from mezzotint.encoding import encode
 from mezzotint.errors import MezzotintError
@@ -438,6 +438,18 @@ def test_unlabelled_images(recipe: Recipe, photos: Path, cache: Path, tmp_path: 
         assert batch.labels is None
     identities = {cached_latents(out).identity, cached_latents(cache).identity}
     assert len(identities | {cached_latents(cache, labels=False).identity}) == 3
+
+
+def test_other_numbers_in_a_file_are_another_data_set(cache: Path, tmp_path: Path) -> None:
+    """Another machine's bits, say: the files describe themselves as before, and are whole."""
+    other = Path(shutil.copytree(cache, tmp_path / "other"))
+    assert cached_latents(other).identity == cached_latents(cache).identity
+    info = read_info(other)
+    file = other / info.file("train", 0)
+    tensors = load_file(file)
+    tensors.pop("checksums")
+    write_shard(file, tensors | {"moments": tensors["moments"] + 1e-3}, info.fingerprint("train"))
+    assert cached_latents(other).identity != cached_latents(cache).identity
 
 
 def test_kill_9_loses_no_finished_file(recipe: Recipe, cache: Path, tmp_path: Path) -> None:
