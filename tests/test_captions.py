@@ -364,6 +364,12 @@ def test_shards_can_be_entered_anywhere(shards: Path, start: int) -> None:
     assert take(stream, start, 15) == take(stream, 0, start + 15)[start:]
 
 
+def test_the_seed_of_the_order_is_that_of_a_stream(shards: Path) -> None:
+    stream = load("webdataset", path=shards, size=8)
+    seen = [[batch.captions for batch in batches(stream, range(3), seed)] for seed in (1, 2, 1)]
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_shards_are_shuffled_anew_every_epoch(shards: Path) -> None:
     stream = load("webdataset", path=shards, size=8, shuffle_buffer=5)
     keys = [example.row.key for example in take(stream, 0, 24)]
