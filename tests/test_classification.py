@@ -457,7 +457,7 @@ def test_the_command(mezzotint: Any, run: Path, tmp_path: Path, random: bool) ->
         (["finetune.mixap=1"], "key 'mixap' is unknown; closest: mixup"),
         (["finetune.layer_decay=1.5"], "layer_decay = 1.5 is not valid"),
         (["finetune.magnitude=11"], "magnitude = 11 is not valid"),
-        (["finetune=1"], "would change the trained model"),
+        (["finetune=1"], "key 'finetune' is unknown"),
         (["backbone.width=8"], "would change the trained model"),
         (["data.labels=false"], "has no labels, which classifiers are fitted to"),
         (["--count", "1000"], "has 898 images, fewer than the 1000 asked for"),

@@ -120,7 +120,7 @@ def test_overrides(override: str, read: object, expected: object) -> None:
         ("target=epsilon", r"target = 'epsilon' is not valid: input should be 'data', 'noise'"),
         ("data=mnits", r"data set 'mnits' is unknown; known: digits|closest"),
         ("training", r"override 'training' is not of the form key=value"),
-        ("backbone={name: unet, channels: []}", r"backbone\.channels = .* should have at least 1 item"),
+        ("backbone={name: unet, channels: []}", r"backbone\.channels = .* expected a list of at least 1"),
         ("training.ema=[0.9", r"not valid YAML"),
     ],
 )  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Any, SupportsIndex
 
 #: characters of the longest message, in which a user's words may be repeated that have no end
 LONGEST = 2000
+#: names that a sentence can list
+FEW = 20
 
 
 class MezzotintError(Exception):
@@ -36,12 +38,21 @@ def check_count(name: str, value: object) -> None:
         raise MezzotintError(f"{name} must be at least 1, got {shortened(value)}")
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """``"closest: a, b"`` for an unknown `word` among `known`, or all of them when nothing is near."""
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.4) -> list[str]:
+    """Up to three of `known` that an unknown `word` may stand for: they begin with it, contain it or are like it."""
     known = list(known)
     near = [name for name in known if name.startswith(word)] if word else []
-    near = [*near, *(name for name in difflib.get_close_matches(word, known, n=3, cutoff=0.4) if name not in near)][:3]
-    return f"closest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    near += [name for name in known if word in name] if len(word) > 2 else []
+    near += difflib.get_close_matches(word, known, n=3, cutoff=cutoff)
+    return list(dict.fromkeys(near))[:3]
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``"closest: a, b"`` for an unknown `word` among `known`; where nothing is near, all of them if they are few."""
+    known = list(known)
+    if near := nearest(word, known):
+        return f"closest: {', '.join(near)}"
+    return f"known: {', '.join(known)}" if len(known) <= FEW else f"none of the {len(known):,} known ones is close"
 
 
 class _Short(reprlib.Repr):

@@ -94,7 +94,7 @@ class DataSettings(Settings):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in data.SOURCES:
-            raise ValueError(f"data set {name!r} is unknown; {closest(name, data.SOURCES)}")
+            raise ValueError(data.unknown(name))
         return name
 
     @field_validator("background")
@@ -937,10 +937,10 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
     """The merged mapping of a recipe and of those that it extends; `extending` are those that it is the base of."""
     if not isinstance(source, str | os.PathLike):
         raise MezzotintError(f"a recipe's name, file or run folder was expected, not {shortened(source)}")
-    path, is_file = Path(source), False
+    path, is_file, is_folder = Path(source), False, False
     with suppress(OSError):  # a name that no file can have
         path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
-        is_file = path.is_file()
+        is_file, is_folder = path.is_file(), path.is_dir()
     place = str(path.resolve()) if is_file else str(source)
     if place in extending:
         raise MezzotintError(f"the recipe {source} extends itself, by way of others or not; take an 'extends' out")
@@ -954,9 +954,10 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
     elif path.suffix in (".yaml", ".yml") or "/" in str(source):
         raise MezzotintError(f"there is no recipe file or run folder at {source}")
     else:
-        raise MezzotintError(
-            f"recipe {shortened(str(source))} is unknown; {closest(str(source), names)} (see 'mezzotint recipes')"
-        )
+        hint = closest(str(source), names)
+        if is_folder:
+            hint += f"; a folder of pictures is the data of a recipe, data=folder:{source}"
+        raise MezzotintError(f"recipe {shortened(str(source))} is unknown; {hint} (see 'mezzotint recipes')")
     try:
         values = read_yaml(text)
     except ValueError as error:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from mezzotint.errors import MezzotintError, closest, shortened
+from mezzotint.errors import MezzotintError, closest, nearest, shortened
 from mezzotint.randomness import check_seed
 from mezzotint.written import read_field
 
@@ -87,7 +98,11 @@ def _sentence(root: type[BaseModel], error: ErrorDetails) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or root.__name__
     if error["type"] == "extra_forbidden":
-        return f"key {shortened(key)} is unknown; {closest(path[-1], _fields_at(root, path[:-1]))}"
+        return unknown_key(root, path)
+    if (found := _list_at(root, path)) and error["type"] in ("tuple_type", "missing", "too_long", "too_short"):
+        key, field = found
+        example = f", such as {key}={text}" if (text := _list_example(field, error["input"])) else ""
+        return f"{key} = {shortened(error['input'])} is not valid: expected {_length(field)}{example}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; it has no default"
     if "error" in (context := error.get("ctx", {})) and isinstance(context["error"], Exception):
@@ -95,14 +110,88 @@ def _sentence(root: type[BaseModel], error: ErrorDetails) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "model_type":
         message = "expected keys with values, in braces or a line each"
+        if fields := _fields_at(root, path):
+            message += f", or one alone, such as {key}.{fields[0]}"
     return f"{key} = {shortened(error['input'])} is not valid: {message}"
 
 
-def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the settings class that `path` leads to from `root`."""
+def unknown_key(root: type[BaseModel], path: Sequence[str]) -> str:
+    """The sentence on a key that `root` has not: it names the sections that have one of its name, or what is close."""
+    *sections, word = path
+    sentence = f"key {shortened('.'.join(path))} is unknown"
+    if elsewhere := keys_called(root, word):
+        return f"{sentence}; perhaps {' or '.join(elsewhere)}"
+    siblings = _fields_at(root, sections)
+    names = dict.fromkeys(key.rpartition(".")[2] for key in dotted_keys(root))
+    if not nearest(word, siblings, cutoff=0.6) and (like := nearest(word, names, cutoff=0.6)):
+        return f"{sentence}; closest: {', '.join(key for name in like for key in keys_called(root, name))}"
+    return f"{sentence}; {closest(word, siblings)}"
+
+
+def keys_called(root: type[BaseModel], name: str) -> list[str]:
+    """The keys of a settings class, with their sections, whose own name is `name`, those least deep first."""
+    return sorted((key for key in dotted_keys(root) if key.rpartition(".")[2] == name), key=lambda key: key.count("."))
+
+
+def dotted_keys(root: type[BaseModel]) -> Iterator[str]:
+    """Every key of a settings class as it is typed, those of its sections after each section."""
+    for name, field in root.model_fields.items():
+        yield name
+        if (section := _section(field.annotation)) is not None:
+            yield from (f"{name}.{key}" for key in dotted_keys(section))
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _fields_at(root: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Field names of the settings class that `path` leads to from `root`, by way of lists of records, too."""
     for part in path:
+        if part.isdigit():
+            continue
         annotation = root.model_fields[part].annotation if part in root.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        found = next((one for one in (annotation, *get_args(annotation)) if _section(one)), None)
+        if found is None:
             break
-        root = annotation
+        root = found
     return list(root.model_fields)
+
+
+# ---- Lists -----------------------------------------------------------------------------------------------------------
+
+
+def _list_at(root: type[BaseModel], path: Sequence[str]) -> tuple[str, FieldInfo] | None:
+    """The key and the field of the list that `path` leads to, or to an item of."""
+    for depth, part in enumerate(path, 1):
+        if (field := root.model_fields.get(part)) is None:
+            return None
+        if _items(field.annotation) is not None:
+            return (".".join(path[:depth]), field) if len(path) - depth < 2 else None
+        if (section := _section(field.annotation)) is None:
+            return None
+        root = section
+    return None
+
+
+def _items(annotation: Any) -> tuple[Any, ...] | None:
+    """The types of a list's items, as ``tuple[...]`` has them; None for what is no list."""
+    found = next((one for one in (annotation, *get_args(annotation)) if get_origin(one) is tuple), None)
+    return None if found is None else get_args(found)
+
+
+def _length(field: FieldInfo) -> str:
+    items = _items(field.annotation) or ()
+    least = next((rule.min_length for rule in field.metadata if hasattr(rule, "min_length")), 0)
+    if ... in items:
+        return f"a list of at least {least}" if least else "a list"
+    return f"a list of {len(items)}"
+
+
+def _list_example(field: FieldInfo, value: Any) -> str:
+    """What was typed as the list that was meant, where that is one; else the default. Without spaces, for a shell."""
+    typed = None if isinstance(value, list | tuple) else f"[{str(value).replace(', ', ',')}]"
+    with suppress(ValueError):
+        if typed and TypeAdapter(field.annotation).validate_python(read_field(field.annotation, typed)):  # type: ignore[arg-type]
+            return typed
+    return f"[{','.join(map(str, field.default))}]" if isinstance(field.default, tuple) and field.default else ""

@@ -30,6 +30,7 @@ from mezzotint.cli import (
     sweep,
     train,
     train_mae,
+    usage,
 )
 from mezzotint.cli.app import app
 from mezzotint.errors import MezzotintError, shortened
@@ -55,7 +56,12 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
     try:
-        app(prog_name="mezzotint")
+        sys.exit(app(prog_name="mezzotint", standalone_mode=False))
+    except usage.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _fail(usage.sentence(error))
     except MezzotintError as error:
         _fail(str(error))
     except UnicodeEncodeError as error:

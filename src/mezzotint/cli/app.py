@@ -13,11 +13,19 @@ import typer
 from typer.core import TyperGroup
 
 from mezzotint import __version__
+from mezzotint.errors import MezzotintError, closest, shortened
 from mezzotint.progress import console
 
 
 class Commands(TyperGroup):
-    """Says that Ctrl-C was heard, where a command has no more to say."""
+    """Says that Ctrl-C was heard, where a command has no more to say, and which command may have been meant."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise MezzotintError(
+                f"command {shortened(args[0])} is unknown; {closest(args[0], self.commands)} (see 'mezzotint --help')"
+            )
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:

@@ -48,7 +48,8 @@ def open_model(
     guidance that were asked for; None is what the recipe says.
     """
     from mezzotint.interop import load
-    from mezzotint.recipe import load_recipe, override_recipe
+    from mezzotint.recipe import Recipe, load_recipe, override_recipe
+    from mezzotint.settings import unknown_key
     from mezzotint.training.parallel import choose_device
 
     keys = {"sampler": "sampling.sampler", "steps": "sampling.steps", "guidance": "guidance.scale"}
@@ -56,6 +57,9 @@ def open_model(
     here = choose_device(device)
     if not is_recipe(model):
         for override in overrides:
+            path = override.partition("=")[0].split(".")
+            if path[0] not in Recipe.model_fields:
+                raise MezzotintError(unknown_key(Recipe, path))
             if not override.startswith(tuple(section + mark for section in may_change for mark in ".=")):
                 raise MezzotintError(
                     f"override {override!r} would change the trained model; only {', '.join(may_change)} can be"
@@ -65,8 +69,9 @@ def open_model(
         return pipeline
     recipe = load_recipe(model, [*overrides, *given])
     if weights == "model":
+        run = f", such as runs/{model}" if run_folder(f"runs/{model}") else ""
         raise MezzotintError(
-            f"{model} is a recipe, which has no weights; give a checkpoint by --weights, or a run folder"
+            f"{model} is a recipe, which has no weights; give a checkpoint by --weights, or a run folder{run}"
         )
     return load(weights, recipe=recipe, device=here)
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
@@ -31,7 +32,7 @@ from mezzotint.data.loader import (
 from mezzotint.data.sklearn_digits import digits
 from mezzotint.data.tar_shards import web_dataset
 from mezzotint.data.video import video_folder
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, shortened
 
 __all__ = [
     "SOURCES",
@@ -78,6 +79,12 @@ SOURCES: dict[str, Callable[..., ImageDataset | ImageStream]] = {
 """Every data set that `load` knows: a function of `split` and of the options in its signature."""
 
 
+def unknown(name: str) -> str:
+    """The sentence on a data set that there is not: one of this name is close, or a folder lies there."""
+    hint = f"a folder of pictures is data=folder:{name}" if os.path.isdir(name) else closest(name, SOURCES)
+    return f"data set {shortened(name)} is unknown; {hint}"
+
+
 def load(name: str = "digits", split: str = "train", **options: Any) -> ImageDataset | ImageStream:
     """The data set `name` of `SOURCES`, one split of it.
 
@@ -85,7 +92,7 @@ def load(name: str = "digits", split: str = "train", **options: Any) -> ImageDat
     does not take, or a missing one.
     """
     if name not in SOURCES:
-        raise MezzotintError(f"data set {name!r} is unknown; {closest(name, SOURCES)} (set data.name)")
+        raise MezzotintError(unknown(name))
     options = {option: value for option, value in options.items() if value is not None}
     parameters = {p.name: p for p in signature(SOURCES[name]).parameters.values() if p.name != "split"}
     for option in options:

@@ -20,7 +20,7 @@ from mezzotint.evaluation.inception_score import inception_score
 from mezzotint.evaluation.kernel import kernel_distance
 from mezzotint.evaluation.manifold import density_coverage, precision_recall
 from mezzotint.evaluation.reference import Reference, reference_statistics
-from mezzotint.evaluation.sources import ImageSource, image_source, random_order
+from mezzotint.evaluation.sources import ImageSource, check_spec, image_source, random_order
 from mezzotint.finite import check_finite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.pipeline import Pipeline
@@ -79,6 +79,8 @@ def evaluate(
     """
     if guidance is not None:
         Guidance.parse({"scale": guidance})  # rather than after the samples without it
+    if not isinstance(model, Pipeline):
+        check_spec(model)
     if reference is None:
         if not isinstance(model, Pipeline):
             raise MezzotintError(
@@ -219,9 +221,13 @@ def decoded_alike(images: object, settings: DataSettings | None) -> dict[str, An
 
 
 def data_settings(reference: object) -> DataSettings | None:
-    """The data set that `reference` is, or that the recipe of this name trains on; None for images of another kind."""
+    """The data set that `reference` is, or that the recipe of this name trains on; None for images of another kind.
+
+    Raises `MezzotintError` where it is nothing at all.
+    """
     if isinstance(reference, str) and reference in recipe_names():
         return load_recipe(reference).data
+    check_spec(reference, recipe_names())
     return reference if isinstance(reference, DataSettings) else None
 
 

@@ -41,8 +41,9 @@ from mezzotint.data.transforms import (
     picture_to_tensor,
     to_uint8,
 )
-from mezzotint.errors import MezzotintError, closest
+from mezzotint.errors import MezzotintError, closest, nearest, shortened
 from mezzotint.guidance import Guidance
+from mezzotint.interop import near_runs
 from mezzotint.pipeline import Pipeline, choose_labels, listed, sample_batches
 from mezzotint.randomness import check_seed
 from mezzotint.recipe import DataSettings
@@ -111,7 +112,16 @@ def image_source(
     return make(count=count, **given)
 
 
-def _maker(spec: object) -> tuple[str, Callable[..., ImageSource]]:
+def check_spec(spec: object, others: Sequence[str] = ()) -> None:
+    """Raise `MezzotintError` where a spec of `image_source` names nothing; `others` are names that mean something, too.
+
+    Nothing is read, so that this can be asked before what is costly.
+    """
+    if isinstance(spec, str | Path) and str(spec) not in others:
+        _maker(spec, others)
+
+
+def _maker(spec: object, others: Sequence[str] = ()) -> tuple[str, Callable[..., ImageSource]]:
     """What errors call the kind of source that `spec` names, and what makes it from the options."""
     if isinstance(spec, Pipeline):
         return "a pipeline", lambda count, **options: PipelineSource(spec, 1000 if count is None else count, **options)
@@ -161,10 +171,12 @@ def _maker(spec: object) -> tuple[str, Callable[..., ImageSource]]:
         return "an .npz file", npz
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
         return "a function", lambda count: FunctionSource(imported(text), text, count)
-    hint = "" if place.suffix or "/" in text else f" ({closest(name, data.SOURCES)})"
+    near = [] if place.suffix or "/" in text else nearest(name, [*data.SOURCES, *others])
+    near += near_runs(place)
+    hint = f"closest: {', '.join(near)}" if near else f"known: {', '.join(data.SOURCES)}"
     raise MezzotintError(
-        f"there are no images at {text!r}; expected a folder of pictures, an .npz of samples, module:function or a "
-        f"data set{hint}"
+        f"there are no images at {shortened(text)}; expected a folder of pictures, an .npz of samples, module:function "
+        f"or a data set ({hint})"
     )
 
 

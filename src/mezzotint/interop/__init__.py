@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mezzotint import pipeline
 from mezzotint.devices import check_device
-from mezzotint.errors import MezzotintError, closest, shortened
+from mezzotint.errors import MezzotintError, closest, nearest, shortened
 from mezzotint.files import new_folder, read_tensors, save_tensors
 from mezzotint.interop import diffusers, hub, mdm, official
 from mezzotint.interop.checkpoint import (
@@ -179,11 +180,21 @@ def locate(source: str | Path) -> Path:
     if not hub.is_name(name):
         raise MezzotintError(
             f"{source} is not a run folder, nor another checkpoint: there is no such file or folder here"
+            + (f"; closest: {', '.join(near)}" if (near := near_runs(path)) else "")
         )
     elsewhere = ["vae/*", "state/*"]  # what is needed later or never
     folder = hub.snapshot(name, ["*.json", "*.yaml", "*.safetensors"], elsewhere)
     home = folder / "transformer" if (folder / "model_index.json").is_file() else folder
     return folder if any(home.glob("*.safetensors")) else hub.snapshot(name, ["*.json", "*.bin"], elsewhere)
+
+
+def near_runs(path: Path) -> list[str]:
+    """Run folders that a `path` where nothing is may stand for, beside it or in runs/."""
+    runs: dict[str, Path] = {}
+    with suppress(OSError):
+        for place in (Path("runs"), path.parent):
+            runs |= {file.parent.name: file.parent for file in place.glob("*/recipe.yaml")}
+    return [str(runs[name]) for name in nearest(path.name, runs, cutoff=0.6)]
 
 
 def _read_safetensors(path: Path, recipe: Recipe | None) -> Checkpoint:
