@@ -524,8 +524,10 @@ def hub(folder: Path) -> None:
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(one) for one in generator.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)]
     columns = {"first": pictures[:8], "second": pictures[8:], "kind": [0, 1] * 4, "rest": [1, 0] * 4}
+    columns["text"] = [f"picture {number}" for number in range(8)]
     kinds = {name: datasets.Image() for name in ("first", "second")}
     kinds |= {name: datasets.ClassLabel(names=["a", "b"]) for name in ("kind", "rest")}
+    kinds["text"] = datasets.Value("string")
     datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(folder)
 
 

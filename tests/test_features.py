@@ -669,6 +669,21 @@ def test_clip_is_transformers_model(transformers: Any, clip: Path) -> None:
     assert network.embed_text(["e " * 50]).shape == (1, 12)  # cut to what the model sees
 
 
+def test_clip_reads_captions_with_their_mask(transformers: Any, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else may tell: padding comes last, and no token of CLIP's looks at what follows."""
+    network, masks = feature_network("clip", weights=clip), []
+    kind = type(transformers.CLIPModel.from_pretrained(clip).text_model)
+    forward = kind.forward
+
+    def spied(self: Any, *inputs: Any, **more: Any) -> Any:
+        masks.append(more["attention_mask"].tolist())
+        return forward(self, *inputs, **more)
+
+    monkeypatch.setattr(kind, "forward", spied)
+    network.embed_text(["a b c", "d"])
+    assert masks == [[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]]
+
+
 def test_dinov2_sees_whole_images(transformers: Any, dinov2: Path) -> None:
     network = feature_network("dinov2", weights=str(dinov2))
     model = transformers.Dinov2Model.from_pretrained(dinov2).float().eval()
