@@ -36,12 +36,12 @@ class Fault(NamedTuple):
 def _in(file: str, tests: str, *changes: tuple[str, ...]) -> list[Fault]:
     """Faults of one file. changes: name, old, new and, where there are likelier ones than `tests`, these.
 
-    tests: the words between test_ and .py, with blanks between.
+    tests: the words between test_ and .py, with blanks between, and pytest's ids after them, as training::test_ctrl_c.
     """
     found = []
     for name, old, new, *own in changes:
-        words = dict.fromkeys(" ".join([*own, tests]).split())
-        found.append(Fault(name, file, old, new, tuple(f"test_{word}.py" for word in words)))
+        words = (word.partition("::") for word in dict.fromkeys(" ".join([*own, tests]).split()))
+        found.append(Fault(name, file, old, new, tuple(f"test_{stem}.py{mark}{test}" for stem, mark, test in words)))
     return found
 
 
@@ -100,13 +100,13 @@ TRAINING = [
             "resuming forgets the optimizer",
             '{**state, "ema": saved if decays else []}',
             '{"backbone": state["backbone"], "ema": saved if decays else []}',
-            "resume training",
+            "training::test_ctrl_c_saves_and_resume_ends_with_the_same_weights resume",
         ),
         (
             "resuming forgets the averages",
             '{**state, "ema": saved if decays else []}',
             '{**state, "ema": []}',
-            "resume training",
+            "training::test_ctrl_c_saves_and_resume_ends_with_the_same_weights resume",
         ),
         (
             "validation is of the weights, not of the average",

@@ -52,7 +52,7 @@ AHEAD += ("peft", "torch_fidelity", "av", "fontTools.ttLib")
 LIMIT = 0.05
 #: of a test run, after which a fault hangs: so many times what the tests took before, and so many seconds
 PATIENCE = 5, 120
-PASSED, FAILED, NO_TESTS = 0, 1, 5
+PASSED, FAILED, UNKNOWN_TESTS, NO_TESTS = 0, 1, 4, 5
 
 
 # ---- A process for a test run ----------------------------------------------------------------------------------------
@@ -303,8 +303,8 @@ def try_faults(slots: Sequence[Slot], faults: Sequence[Fault], known: Known, bud
             for run in runs:
                 seconds = sum(known.seconds.get(test, 0) for test in run) or sum(known.seconds.values())
                 yield from finished(slot, ["-x", *run], PATIENCE[0] * seconds + PATIENCE[1])
-                if slot.code == NO_TESTS:
-                    raise SystemExit(f"{fault.title}: no such tests as {' '.join(run)}")
+                if slot.code in (UNKNOWN_TESTS, NO_TESTS):
+                    raise SystemExit(f"{fault.title}: some tests are not there any more; begin with another --map")
                 noticed = slot.code != PASSED
                 if noticed:
                     break
