@@ -31,7 +31,7 @@ from mezzotint.data.latents import Shard, cached_latents, read_info, write_shard
 from mezzotint.data.transforms import to_float
 from mezzotint.encoding import encode
 from mezzotint.errors import MezzotintError
-from mezzotint.recipe import Recipe, override_recipe
+from mezzotint.recipe import Recipe, override_recipe, resolve
 from mezzotint.representations import KLAutoencoder, representation
 
 diffusers = pytest.importorskip("diffusers")
@@ -237,6 +237,22 @@ def test_bf16_computes_in_bf16_and_returns_fp32(vae: str, photos: Path) -> None:
         assert not torch.equal(one, other)
         assert (one - other).abs().mean() < 0.05 * one.std()
     assert exact.digest == KLAutoencoder(vae).digest != rough.digest
+
+
+def test_a_pipeline_has_the_recipe_s_autoencoder(recipe: Recipe, vae: str) -> None:
+    words = ["representation={slicing: true, tiling: true, precision: bf16, scale: 0.5}"]
+    for overrides, expected in (([], (False, False, "fp32")), (words, (True, True, "bf16"))):
+        pipeline = mezzotint.build(override_recipe(recipe, [f"representation.path={vae}", *overrides]))
+        found = pipeline.representation
+        assert isinstance(found, KLAutoencoder)
+        assert (found.network.use_slicing, found.network.use_tiling, found.precision) == expected
+    assert found.scale == 0.5
+
+
+def test_a_recipe_takes_the_scale_of_cached_latents(recipe: Recipe, cache: Path) -> None:
+    dataset = cached_latents(cache)
+    unset = override_recipe(recipe, ["representation.scale=null"])
+    assert resolve(unset, dataset).representation.scale == dataset.info.scale
 
 
 def test_slicing_changes_nothing_and_tiling_little(vae: str) -> None:

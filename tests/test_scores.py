@@ -17,7 +17,7 @@ import mezzotint
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
-from mezzotint.evaluation.scores import evaluate, figures
+from mezzotint.evaluation.scores import evaluate, figures, mean_bits_per_dim
 from mezzotint.evaluation.sources import image_source
 
 
@@ -110,6 +110,21 @@ def test_every_option_is_of_its_figures(
     before, after = figures_of(usual), figures_of(found)
     changed = {name for name in before if after[name] != pytest.approx(before[name], rel=1e-5)}
     assert changed == set(where.split())
+
+
+def test_rows_are_those_of_every_figure_that_looks_at_single_images(pipeline: mezzotint.Pipeline) -> None:
+    """For an extrapolation all of them are kept, but not looked at by the others."""
+    more = {"guidance": None, "intervals": 0, "likelihood": 0, "rows": 20}
+    one, other = (scored(pipeline, **more, infinity=infinity)["sets"]["samples"] for infinity in (False, True))  # type: ignore[index]
+    for name in ("precision", "recall", "density", "coverage", "KD-quarters"):
+        assert one[name] == pytest.approx(other[name])
+
+
+def test_bits_per_dimension_are_those_of_the_class(pipeline: mezzotint.Pipeline) -> None:
+    scored(pipeline, likelihood=0, guidance=None, count=4)  # makes its flow an easy one
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = [mean_bits_per_dim(pipeline, images, labels)["bits_per_dim"] for labels in (None, torch.tensor([1, 2, 3]))]
+    assert found[0] != pytest.approx(found[1], rel=1e-6)
 
 
 def test_the_weights_of_a_feature_network_are_asked_for(tmp_path: Path) -> None:

@@ -244,6 +244,13 @@ def test_finished_cells_are_kept(pipeline: mezzotint.Pipeline, tmp_path: Path, d
     assert run(pipeline, tmp_path, one) != first[:1]
 
 
+def test_the_weights_of_a_feature_network_are_asked_for(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(MezzotintError, match="my-inception"):
+        mezzotint.sweep(
+            pipeline, tmp_path, {"steps": [2]}, features="inception", weights=tmp_path / "my-inception.pth", plots=False
+        )
+
+
 def test_an_interrupted_sweep_goes_on(
     pipeline: mezzotint.Pipeline, tmp_path: Path, drawn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

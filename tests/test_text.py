@@ -482,6 +482,8 @@ def test_features_are_kept(folders: dict[str, Path], tmp_path: Path, monkeypatch
     encoder.encode(["a green hill"], cached=False)
     encoder.encode(["a green hill"], cached=False)
     assert computed[2:] == [1, 1]
+    encoder.encode(SENTENCES[:1], cached=False)
+    assert computed[2:] == [1, 1, 1], "what is not to be kept is not looked for, either"
     assert [path.suffix for path in tmp_path.glob("*.*")] == [".sqlite3"]
     other = TextEncoder(str(written("bert", tmp_path / "other", seed=1)), cache=tmp_path)
     assert other.digest != encoder.digest

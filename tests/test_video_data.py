@@ -93,6 +93,7 @@ def test_moving_digits_depend_on_the_index_alone() -> None:
     train_digits = {tuple(d) for d in digits("train", size=16).images.flatten(1).tolist()}
     assert not any(tuple(d) in train_digits for d in test.sprites.flatten(1).tolist())
     assert few.identity != test.identity
+    assert not torch.equal(few.corners, test.corners)
     large = load("moving-digits", size=32, channels=3, labels=False, examples=5, frames=2)
     assert large.image_shape == (2, 3, 32, 32)
     assert large[0][0].shape == (2, 3, 32, 32)
