@@ -246,7 +246,7 @@ def test_finished_cells_are_kept(pipeline: mezzotint.Pipeline, tmp_path: Path, d
 
 def test_the_weights_of_a_feature_network_are_asked_for(pipeline: mezzotint.Pipeline, tmp_path: Path) -> None:
     with pytest.raises(MezzotintError, match="my-inception"):
-        mezzotint.sweep(
+        sweep(
             pipeline, tmp_path, {"steps": [2]}, features="inception", weights=tmp_path / "my-inception.pth", plots=False
         )
 
