@@ -33,6 +33,7 @@ from mezzotint.encoding import encode
 from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe, override_recipe, resolve
 from mezzotint.representations import KLAutoencoder, representation
+from mezzotint.training.run_folder import TrainedOn
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -253,6 +254,7 @@ def test_a_recipe_takes_the_scale_of_cached_latents(recipe: Recipe, cache: Path)
     dataset = cached_latents(cache)
     unset = override_recipe(recipe, ["representation.scale=null"])
     assert resolve(unset, dataset).representation.scale == dataset.info.scale
+    assert TrainedOn.of(recipe, dataset, None).autoencoder == dataset.info.autoencoder
 
 
 def test_slicing_changes_nothing_and_tiling_little(vae: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mezzotint
 from mezzotint.errors import MezzotintError
@@ -19,6 +20,7 @@ from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
 from mezzotint.evaluation.scores import evaluate, figures, mean_bits_per_dim
 from mezzotint.evaluation.sources import image_source
+from mezzotint.recipe import DataSettings
 
 
 def means(images: torch.Tensor) -> torch.Tensor:
@@ -130,6 +132,22 @@ def test_bits_per_dimension_are_those_of_the_class(pipeline: mezzotint.Pipeline)
 def test_the_weights_of_a_feature_network_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MezzotintError, match="my-inception"):
         evaluate("digits", "digits", features="inception", weights=tmp_path / "my-inception.pth")
+
+
+def test_a_folder_is_seen_on_the_background_of_the_data_that_it_is_compared_with(tmp_path: Path) -> None:
+    """Transparent pictures, which both show as red, and so at no distance."""
+    levels = np.zeros((12, 8, 8, 4), np.uint8)
+    levels[:, :4, :, 3] = np.arange(12)[:, None, None] * 20
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number, pixels in enumerate(levels):
+            Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
+    settings = {"name": "folder", "path": str(tmp_path), "labels": False, "size": 8, "channels": 3}
+    network = FeatureNetwork("quarters (test)", means, channels=3, cacheable=False)
+    red = DataSettings.parse(settings | {"background": "red"})
+    assert evaluate(tmp_path / "test", red, features=network)["sets"]["samples"]["FD-quarters"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_the_inception_score_does_not_depend_on_the_order_of_the_classes() -> None:

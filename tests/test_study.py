@@ -313,6 +313,8 @@ def test_noise_in_pixels_is_as_much_as_in_latents(tmp_path: Path) -> None:
     expected = (2**0.5 * t * space.latent_scale.item()) ** 2 * 8 / 16
     for noised, clean in ((in_pixels, images), (in_latents, space.decode(space.encode(images)))):
         assert (noised - clean).square().mean().item() == pytest.approx(expected, rel=0.05)
+    for one, other in zip(compare_noise(pipeline, images, t, seed=6), (in_pixels, in_latents), strict=True):
+        assert not torch.allclose(one, other, atol=1e-3)
 
 
 class TrueNoise(torch.nn.Module):

@@ -259,6 +259,15 @@ def test_fitting_again_gives_the_same(tiny: Recipe, tmp_path: Path) -> None:
     assert {*metrics["losses"]} == {"loss", "reconstruction", "kl", "adversarial", "discriminator"}
 
 
+def test_images_are_mirrored_in_fitting_where_training_flips(tiny: Recipe, tmp_path: Path) -> None:
+    words = ["representation={name: patch-ae, stride: 4, channels: 3}", "representation.fit={steps: 2, batch_size: 8}"]
+    made = []
+    for flip in ("true", "false"):
+        fit_tokenizer(override_recipe(tiny, [*words, f"data.flip={flip}"]), tmp_path / flip, quiet=True)
+        made.append(load_file(tmp_path / flip / "tokenizer.safetensors")["decoder"])
+    assert not torch.equal(*made)
+
+
 def test_first_weights_are_drawn_by_the_seed(tiny: Recipe, tmp_path: Path) -> None:
     words = ["representation={name: patch-ae, stride: 4, channels: 3}", "representation.fit={steps: 1, lr: 1.0e-12}"]
     drawn = []
