@@ -15,7 +15,9 @@ import mezzotint
 from mezzotint import images as output
 from mezzotint.conditions import class_labels, parse_classes, split_classes
 from mezzotint.errors import MezzotintError
+from mezzotint.pipeline import state_batches
 from mezzotint.recipe import Recipe, override_recipe
+from mezzotint.samplers import example_generators, randn
 
 
 @pytest.fixture
@@ -312,3 +314,25 @@ def test_what_else_is_in_a_folder_of_pngs(tmp_path: Path) -> None:
     assert output.others_in(tmp_path / "png", 2) == ["000002.png", "notes.txt"]
     with pytest.raises(MezzotintError, match="is a file; choose a folder"):
         output.others_in(tmp_path / "png" / "notes.txt", 2)
+
+
+def test_sampling_starts_from_noise_of_the_path(tiny: Recipe) -> None:
+    recipe = override_recipe(tiny, ["interpolant={name: variance-exploding, sigma_max: 80}", "target=data"])
+    made = mezzotint.build(override_recipe(recipe, ["backbone.num_classes=0", "data.labels=false"]))
+    first, *_ = next(state_batches(made, None, range(4), trajectory=True))
+    torch.testing.assert_close(first, 80 * randn(first.shape, example_generators(0, range(4))))
+
+
+def test_what_is_made_ahead_is_told_the_time_that_the_network_is_told(pipeline: mezzotint.Pipeline) -> None:
+    pipeline.denoiser.time_input = (1000.0, -1.0)
+    y = torch.tensor([3, 8])
+    ahead = pipeline.denoiser.conditions([0.3], y)
+    for found, expected in zip(ahead, pipeline.denoiser.backbone.condition(torch.full((2,), 299.0), y), strict=True):  # type: ignore[operator]
+        torch.testing.assert_close(found[0], expected)
+
+
+def test_a_network_is_compiled_where_told(pipeline: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    assert pipeline.prepare().prepare(compiled=True) is pipeline
+    assert compiled == [pipeline.denoiser.backbone]
