@@ -28,6 +28,7 @@ from mezzotint.pipeline import Pipeline, build
 from mezzotint.recipe import Recipe, load_recipe
 from mezzotint.representations.tokenizer import INFO
 from mezzotint.samplers import example_generators, randn
+from mezzotint.studies import ldae as ldae_study
 from mezzotint.studies import perceptual
 from mezzotint.studies.ldae import (
     FINAL,
@@ -301,6 +302,21 @@ def test_the_image_of_an_image_network_is_its_output(tmp_path: Path) -> None:
     with torch.no_grad():
         found = network_image(pipeline, pipeline.denoiser(x, 0.2))
     torch.testing.assert_close(found, given[0], atol=1e-5, rtol=1e-5)
+
+
+def test_probes_of_a_study_have_the_seed_of_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def asked(pipeline: Any, **options: Any) -> dict[str, Any]:
+        given.append(options)
+        return {"rows": [], "train_images": 0, "test_images": 0}
+
+    monkeypatch.setattr(ldae_study, "train", lambda *_, **__: None)
+    monkeypatch.setattr(ldae_study, "_with_tokenizer", lambda job, device: (job.recipe, {}))
+    monkeypatch.setattr(ldae_study, "probe", asked)
+    job = next(job for job in jobs_of("digits", tmp_path, seeds=[7]) if job.cell.recipe == PCA)
+    ldae_study._finish(job, "cpu")
+    assert [options["seed"] for options in given] == [7]
 
 
 def test_noise_in_pixels_is_as_much_as_in_latents(tmp_path: Path) -> None:

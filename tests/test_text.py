@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -488,6 +489,10 @@ def test_features_are_kept(folders: dict[str, Path], tmp_path: Path, monkeypatch
     other = TextEncoder(str(written("bert", tmp_path / "other", seed=1)), cache=tmp_path)
     assert other.digest != encoder.digest
     assert not torch.equal(other.encode(SENTENCES).tokens, first.tokens[:4])
+    tuned = Path(shutil.copytree(folders["bert"], tmp_path / "tuned"))
+    settings = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 0.1}))
+    assert TextEncoder(str(tuned), cache=tmp_path).digest != encoder.digest, "the same weights compute something else"
     short = TextEncoder(str(copy), max_tokens=4, cache=tmp_path).encode(SENTENCES)
     assert short.mask.shape == (4, 4)
 
