@@ -271,7 +271,6 @@ def test_tables_progress_and_log_lines_have_no_markup(monkeypatch: pytest.Monkey
     import logging
 
     from rich.console import Console
-    from rich.logging import RichHandler
 
     from mezzotint import progress
     from mezzotint.cli.tables import Table, print_table
@@ -282,8 +281,8 @@ def test_tables_progress_and_log_lines_have_no_markup(monkeypatch: pytest.Monkey
     monkeypatch.setattr(progress, "console", shown)
     monkeypatch.setattr("mezzotint.cli.tables.results", shown)
     print_table(Table(["a[/b]"], [["[bold]c"]], title="[/t]", notes=[":smile:"]))
-    handler = RichHandler(console=shown, show_path=False)
-    handler.emit(logging.LogRecord("x", logging.WARNING, "", 0, "%s", ("d[/e]",), None))
+    with progress.messages():
+        logging.getLogger("x").warning("%s", "d[/e]")
     assert list(progress.track(range(2), "f[/g]", total=2)) == [0, 1]
     with progress.progress_bar("loss") as bar:
         bar.add_task("h[/i]", total=1, loss="j[/k]")

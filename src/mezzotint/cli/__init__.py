@@ -5,11 +5,8 @@ A file for each command; what several share is in `options`, `models` and `table
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
-
-from rich.logging import RichHandler
 
 from mezzotint.cli import (
     cache,
@@ -34,7 +31,7 @@ from mezzotint.cli import (
 )
 from mezzotint.cli.app import app
 from mezzotint.errors import MezzotintError, shortened
-from mezzotint.progress import console, print_anything
+from mezzotint.progress import console, messages, print_anything
 
 #: in the order and under the titles of --help
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -52,11 +49,9 @@ for title, commands in COMMANDS.items():
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
     print_anything()
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
     try:
-        sys.exit(app(prog_name="mezzotint", standalone_mode=False))
+        with messages():
+            sys.exit(app(prog_name="mezzotint", standalone_mode=False))
     except usage.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]

@@ -65,6 +65,8 @@ class Table:
     def _part(self, columns: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[tuple[str, bool]]:
         right = [all(cell == NOTHING or re.match(r"[-+]?[\d.]", cell) for cell in column[1:]) for column in columns]
         for number, row in enumerate(zip(*columns, strict=True)):
+            if not any(row):  # no headings
+                continue
             # Only headings and prose are wider than their columns.
             broken = [_broken(cell, width) for cell, width in zip(row, widths, strict=True)]
             for place in range(max(map(len, broken))):

@@ -19,6 +19,7 @@ from mezzotint.data.pictures import WHITE
 from mezzotint.data.transforms import picture_to_tensor
 from mezzotint.errors import MezzotintError
 from mezzotint.files import name_bytes
+from mezzotint.progress import OWN
 
 T = TypeVar("T")
 logger = logging.getLogger("mezzotint")
@@ -315,7 +316,7 @@ def first_readable(
 
 def report_unreadable(name: str, error: Exception, names: Sequence[str], limit: int) -> None:
     """Warns of the unreadable image `name`; raises `MezzotintError` once `names`, all so far, are more than `limit`."""
-    logger.warning("unreadable image skipped: %s (%s)", name, error)
+    logger.warning("unreadable image skipped: %s (%s)", name, error, extra=OWN)
     if len(names) > limit:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise MezzotintError(

@@ -45,7 +45,7 @@ from mezzotint.files import (
     save_tensors,
     write_text,
 )
-from mezzotint.progress import console, progress_bar
+from mezzotint.progress import OWN, console, progress_bar
 from mezzotint.representations import KLAutoencoder, Tokenizer, scaled_latents
 from mezzotint.settings import Settings
 
@@ -254,7 +254,7 @@ def _is_whole(out: Path, info: CacheInfo, split: str, shard: int) -> bool:
         except MezzotintError:
             raise DamagedShard(f"{path} is damaged: it has another content than was written") from None
     except DamagedShard as error:
-        logger.warning("%s; it is made anew", error)
+        logger.warning("%s; it is made anew", error, extra=OWN)
         return False
     return True
 
