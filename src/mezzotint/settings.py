@@ -99,10 +99,12 @@ def _sentence(root: type[BaseModel], error: ErrorDetails) -> str:
     key = ".".join(path) or root.__name__
     if error["type"] == "extra_forbidden":
         return unknown_key(root, path)
-    if (found := _list_at(root, path)) and error["type"] in ("tuple_type", "missing", "too_long", "too_short"):
-        key, field = found
-        example = f", such as {key}={text}" if (text := _list_example(field, error["input"])) else ""
-        return f"{key} = {shortened(error['input'])} is not valid: expected {_length(field)}{example}"
+    found = _list_at(root, path)
+    of_length = error["type"] in ("too_long", "too_short") or (error["type"] == "missing" and path[-1].isdigit())
+    if found and (of_length or error["type"] == "tuple_type"):
+        listed, field = found
+        example = f", such as {listed}={text}" if (text := _list_example(field, error["input"])) else ""
+        return f"{listed} = {shortened(error['input'])} is not valid: expected {_length(field)}{example}"
     if error["type"] == "missing":
         return f"key {key!r} is missing; it has no default"
     if "error" in (context := error.get("ctx", {})) and isinstance(context["error"], Exception):
