@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,25 @@ class Pipeline:
         if compiled:
             self.denoiser.backbone.compile()
         return self
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What a file of weights says besides them."""
+        return {"class_names": json.dumps(list(self.class_names)), "prompts": json.dumps(list(self.prompts))}
+
+    def save(self, run: str | Path) -> None:
+        """Write the folder `run`, recipe.yaml and model.safetensors, which `mezzotint.load` and every command read.
+
+        Raises `MezzotintError` for a network of your own, which no recipe builds.
+        """
+        backbone = self.denoiser.backbone
+        if type(backbone) not in (*BACKBONES.values(), NestedUNet):
+            raise MezzotintError(
+                f"a {backbone._get_name()} is not what the recipe would build, so a folder of it could not be "
+                "loaded; save its state_dict instead"
+            )
+        self.recipe.write(Path(run))
+        save_weights(backbone, Path(run) / "model.safetensors", self.header)
 
     @cached_property
     def representation(self) -> Representation:

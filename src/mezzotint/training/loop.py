@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -36,10 +37,28 @@ from mezzotint.files import atomic_path, is_utf8, parse_json
 from mezzotint.finite import nonfinite
 from mezzotint.images import save_grid, save_video
 from mezzotint.objectives import Objective
-from mezzotint.pipeline import Pipeline, build, captioner, check_sampling, sample, save_weights
+from mezzotint.pipeline import (
+    Pipeline,
+    build,
+    captioner,
+    check_sampling,
+    choose_labels,
+    label_names,
+    sample,
+    save_weights,
+)
 from mezzotint.progress import console, progress_bar
 from mezzotint.randomness import generator_for, mix
-from mezzotint.recipe import Recipe, TrainingSettings, advice, as_recipe, load_recipe, resolve
+from mezzotint.recipe import (
+    Overrides,
+    Recipe,
+    TrainingSettings,
+    advice,
+    as_recipe,
+    load_recipe,
+    override_recipe,
+    resolve,
+)
 from mezzotint.representations import TOKENIZERS, Encoder, KLAutoencoder, PatchPCA, PyramidEncoder
 from mezzotint.representations.image_space import FullBasisEncoder
 from mezzotint.training.checkpoints import Checkpoints
@@ -188,7 +207,7 @@ def train(
             ema.start_others(denoiser, saved)
         if here.is_main:  # only now: whatever means nothing has failed, and left no folder behind
             begun.write(recipe, step, autoencoder)
-        log = stack.enter_context(Log(run / "logs", step, settings, here, quiet=quiet))
+        log = stack.enter_context(Log(run / "logs", step, recipe, pipeline.class_names, here, quiet=quiet))
         if here.is_main and not quiet:
             console.print(_beginning(run, step, settings.steps, trained), soft_wrap=True)
 
@@ -320,7 +339,7 @@ def train(
 
 def resume(
     run: str | Path,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     steps: int | None = None,
     device: str = "auto",
@@ -331,12 +350,14 @@ def resume(
 ) -> Pipeline:
     """Go on with the run folder `run` by its own recipe, from its newest whole checkpoint, and return its pipeline.
 
-    overrides: ``key=value``, what a resumed run may change (docs/resuming.md). steps: training.steps, in all; with more
-    than before a finished run is trained longer, and a decay of its learning rate is the one over so many steps. The
-    others are as for `train`. Raises `MezzotintError` where `run` is no run folder, and as `train` does.
+    overrides: as to `load_recipe`, what a resumed run may change (docs/resuming.md). steps: training.steps, in all;
+    with more than before a finished run is trained longer, and a decay of its learning rate is the one over so many
+    steps. The others are as for `train`. Raises `MezzotintError` where `run` is no run folder, and as `train` does.
     """
     check_is_run(run)
-    recipe = load_recipe(run, [*overrides, *([] if steps is None else [f"training.steps={steps}"])])
+    recipe = load_recipe(run, overrides)
+    if steps is not None:
+        recipe = override_recipe(recipe, {"training.steps": steps})
     return train(
         recipe,
         run,
@@ -487,11 +508,7 @@ def export(pipeline: Pipeline, ema: EMA[Denoiser], run: Path, step: int) -> None
 
     LoRA is merged into them; adapter/ holds that of model.safetensors alone.
     """
-    metadata = {
-        "step": str(step),
-        "class_names": json.dumps(list(pipeline.class_names)),
-        "prompts": json.dumps(list(pipeline.prompts)),
-    }
+    metadata = {"step": str(step), **pipeline.header}
     backbone = pipeline.denoiser.backbone
     save_weights(merged(backbone), run / "model.safetensors", metadata)
     save_adapter(backbone, run / "adapter", pipeline.recipe.init)
@@ -587,10 +604,17 @@ def catch_signals() -> Iterator[Any]:
 
 
 class Log:
-    """Loss, learning rate and images per second to the terminal, TensorBoard and metrics.jsonl; on the main process."""
+    """Loss, learning rate and images per second to the terminal, TensorBoard and metrics.jsonl; on the main process.
 
-    def __init__(self, folder: Path, step: int, settings: TrainingSettings, here: World, *, quiet: bool) -> None:
-        self.folder, self.first_step, self.settings = folder, step, settings
+    TensorBoard also has the recipe, as text and as hyper-parameters with the losses for metrics, the classes' names and
+    the sample grids.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, recipe: Recipe, class_names: Sequence[str], here: World, *, quiet: bool
+    ) -> None:
+        self.folder, self.first_step, self.settings = folder, step, recipe.training
+        self.recipe, self.class_names = recipe, class_names
         self.active, self.quiet = here.is_main, quiet
         self.saw_steps = self.failed = False
         self.metrics = folder / "metrics.jsonl"
@@ -602,6 +626,8 @@ class Log:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._forget_later_steps()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step + 1 if self.first_step else None)
+            with self._written():
+                self._describe()
             self.bar = progress_bar("loss", "speed")
             self.bar.disable = self.bar.disable or self.quiet
             self.bar.start()
@@ -615,7 +641,26 @@ class Log:
         if self.active:
             self.bar.stop()
             with self._written():
+                if exception[0] is None:
+                    self._add(self.end_of_session)
                 self.writer.close()
+
+    def _describe(self) -> None:
+        """What TensorBoard shows under HPARAMS and TEXT. A metric is the last value of the scalar of that name."""
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in flat(self.recipe.model_dump(mode="json", exclude={"description"})).items()
+        }
+        metrics = ["loss/train", *(["loss/validation"] if self.settings.validate_every else [])]
+        *beginning, self.end_of_session = hparams(values, dict.fromkeys(metrics, 0.0))
+        for summary in beginning:
+            self._add(summary)
+        self.writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", self.first_step)
+        if self.class_names:
+            names = "\n".join(f"{number}. {name}" for number, name in enumerate(self.class_names))
+            self.writer.add_text("classes", names, self.first_step)
 
     def _forget_later_steps(self) -> None:
         # A killed run has logged steps after its last checkpoint, which will be taken again.
@@ -660,6 +705,9 @@ class Log:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def _add(self, summary: Any, step: int = 0) -> None:
+        cast(Any, self.writer.file_writer).add_summary(summary, step)
+
     @contextmanager
     def _written(self) -> Iterator[None]:
         """Logs are no weights: where they cannot be written, that is said once. TensorBoard fails a call too late."""
@@ -672,13 +720,21 @@ class Log:
 
     def grid(self, step: int, pipeline: Pipeline, folder: Path, levels: int | None) -> None:
         """Samples of the averaged model, as far as its levels are trained, always from the same noise."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         classes = pipeline.denoiser.num_classes
-        images = sample(pipeline, count=8 * min(classes, 10) if classes else 64, levels=levels)
-        name = folder / f"step-{step:08d}"
-        if images.ndim == 5:
-            save_video(images, name.with_suffix(".gif"), columns=8)
-        else:
-            save_grid(images, name.with_suffix(".png"), columns=8)
+        count = 8 * min(classes, 10) if classes else 64
+        images = sample(pipeline, count=count, levels=levels)
+        labels = label_names(pipeline, choose_labels(pipeline, None, count))
+        file = folder / f"step-{step:08d}{'.gif' if images.ndim == 5 else '.png'}"
+        write = save_video if images.ndim == 5 else save_grid
+        write(images, file, columns=8, labels=labels)
+        with Image.open(file) as picture:
+            width, height = picture.size
+        # The file as it is: `add_image` would encode it anew, and of clips show nothing.
+        shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+        with self._written():
+            self._add(Summary(value=[Summary.Value(tag="samples", image=shown)]), step)
 
     def advance(self, step: int) -> None:
         self.saw_steps = True
