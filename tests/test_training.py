@@ -137,6 +137,23 @@ def test_every_decay_has_its_file(tiny: Recipe, tmp_path: Path) -> None:
         mezzotint.load(tmp_path / "run", weights="ema")
 
 
+def test_the_order_of_the_data_is_that_of_the_seed(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    batches = loop.iterate_batches
+
+    def looked_at(dataset: Any, order: Any, **options: Any) -> Any:
+        seen.append(order.indices(0).tolist())
+        return batches(dataset, order, **options)
+
+    monkeypatch.setattr(loop, "iterate_batches", looked_at)
+    for number, seed in enumerate((0, 1, 0)):
+        recipe = override_recipe(tiny, ["training.steps=1", f"seed={seed}"])
+        mezzotint.train(recipe, tmp_path / str(number), quiet=True)
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_a_further_average_is_that_of_its_own_decay(tiny: Recipe, tmp_path: Path) -> None:
     """After one step from w0 to w1, each is d·w0 + (1 − d)·w1."""
     recipe = override_recipe(tiny, ["training.ema=[0.5, 0.99]", "training.ema_warmup=false", "training.steps=1"])
