@@ -154,6 +154,16 @@ def test_the_order_of_the_data_is_that_of_the_seed(
     assert seen[0] == seen[2] != seen[1]
 
 
+def test_dropout_acts_in_training(tiny: Recipe, tmp_path: Path) -> None:
+    unet = "backbone={name: unet, channels: [8], resblocks: [1], attention: [0], middle: false, groups: 4}"
+    recipe, made = override_recipe(tiny, [unet, "training.lr=0.01", "training.ema=[]", "backbone.num_classes=10"]), []
+    for share in (0.0, 0.5):
+        run = tmp_path / str(share)
+        mezzotint.train(override_recipe(recipe, [f"backbone.dropout={share}"]), run, quiet=True)
+        made.append(mezzotint.load(run).denoiser.backbone.conv_in.weight)
+    assert not torch.equal(*made)  # type: ignore[arg-type]
+
+
 def test_a_further_average_is_that_of_its_own_decay(tiny: Recipe, tmp_path: Path) -> None:
     """After one step from w0 to w1, each is d·w0 + (1 − d)·w1."""
     recipe = override_recipe(tiny, ["training.ema=[0.5, 0.99]", "training.ema_warmup=false", "training.steps=1"])

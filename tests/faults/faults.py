@@ -85,7 +85,7 @@ TRAINING = [
             "all processes draw the first one's noise",
             "mine = slice(here.rank * share, (here.rank + 1) * share)",
             "mine = slice(share)",
-            "training stages",
+            "right_values::test_every_process_draws_rows_of_its_own training::test_two_processes",
         ),
         ("images are not mirrored", "                if recipe.data.flip:\n", "                if False:\n"),
         (
@@ -174,6 +174,7 @@ TRAINING = [
             "every process leaves out the same",
             "mix(recipe.seed, DROPOUT, step, here.rank)",
             "mix(recipe.seed, DROPOUT, step)",
+            "right_values::test_every_process_draws_rows_of_its_own",
         ),
         (
             "every step leaves out the same",
@@ -191,12 +192,6 @@ TRAINING = [
             "choose_trainable(denoiser.backbone, settings, recipe.seed)",
             "choose_trainable(denoiser.backbone, settings, 0)",
             "finetune",
-        ),
-        (
-            "captions that were trained with are forgotten",
-            '"prompts": json.dumps(list(pipeline.prompts))',
-            '"prompts": "[]"',
-            "captioned_models",
         ),
         (
             "the autoencoder may be another one on resume",
@@ -620,6 +615,12 @@ MODELS = [
             "captioned_models",
         ),
         ("labels begin anew in each batch", "labels[list(indices)].to", "labels[: len(indices)].to"),
+        (
+            "captions that were trained with are forgotten",
+            '"prompts": json.dumps(list(self.prompts))',
+            '"prompts": "[]"',
+            "captioned_models",
+        ),
         ("content forgets the tokenizer", 'if hasattr(part, "digest")}', 'if name != "representation"}'),
         ("noise to begin with has variance 1", "x = denoiser.interpolant.prior_std * randn(", "x = randn("),
         ("all levels are drawn", "denoiser.level_shapes[:levels])]", "denoiser.level_shapes)]", "pyramid stages"),
@@ -1887,4 +1888,9 @@ COMMANDS = [
     ),
 ]
 
-FAULTS = [*TRAINING, *MATHEMATICS, *MODELS, *DATA, *CHECKPOINTS, *EVALUATION, *RECIPES, *COMMANDS]
+#: by title, why no test can notice it
+EQUIVALENT = {
+    "training/ema.py: averages are in training mode": "whoever looks at an average puts it into evaluation mode first",
+}
+EVERY = [*TRAINING, *MATHEMATICS, *MODELS, *DATA, *CHECKPOINTS, *EVALUATION, *RECIPES, *COMMANDS]
+FAULTS = [fault._replace(equivalent=EQUIVALENT.get(fault.title, "")) for fault in EVERY]

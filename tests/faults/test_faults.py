@@ -8,13 +8,14 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, Fault
+from faults import EQUIVALENT, FAULTS, Fault
 
 SOURCE = Path(__file__).parents[2] / "src" / "mezzotint"
 
 
 def test_every_fault_is_of_the_code_as_it_is() -> None:
     assert len(FAULTS) >= 150
+    assert {fault.title for fault in FAULTS if fault.equivalent} == set(EQUIVALENT)
     assert max(Counter(fault.title for fault in FAULTS).values()) == 1
     for file, faults in groupby(sorted(FAULTS, key=lambda fault: fault.file), key=lambda fault: fault.file):
         text = (SOURCE / file).read_text(encoding="utf-8")
