@@ -35,7 +35,7 @@ from mezzotint.evaluation.probing import TIMES, probe
 from mezzotint.files import parse_json, write_text
 from mezzotint.locks import locked
 from mezzotint.pipeline import build
-from mezzotint.progress import console
+from mezzotint.progress import console, messages
 from mezzotint.randomness import generator_for
 from mezzotint.recipe import Recipe, load_recipe, recipe_names
 from mezzotint.representations.image_space import FullBasisEncoder
@@ -353,6 +353,7 @@ def accuracy_of(row: dict[str, Any], probe: str, *, layer: int | None = None, t:
 def _begin(threads: int) -> None:
     """What a process of a study does first: it will not outlive the one that started it, not even a killed one."""
     torch.set_num_threads(threads)
+    messages().__enter__()  # for as long as the process lives
     parent = parent_process()
     assert parent is not None
 
