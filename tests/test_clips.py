@@ -166,7 +166,8 @@ def test_clips_on_the_command_line(command: Command, whole: Path, tmp_path: Path
     with Image.open(whole / "samples.gif") as picture:
         assert getattr(picture, "n_frames", 1) == 4
         assert picture.info["duration"] in (120, 130), "eight frames a second"
-        assert picture.width == picture.height, "two classes, two clips of each"
+        assert picture.height == 2 * 50 + 2, "two classes, a row each"
+        assert picture.width > picture.height, "two clips of each, and beside them its name"
     code, _, err = command("sample", whole, "--count", 2, "--fps", 20, "--out", tmp_path / "fast.gif")
     assert code == 0, err
     with Image.open(tmp_path / "fast.gif") as picture:

@@ -521,6 +521,12 @@ MODELS = [
     *_in(
         "pipeline.py",
         "every_key right_values pipeline samplers guidance",
+        (
+            "captions that were trained with are forgotten",
+            '"prompts": json.dumps(list(self.prompts))',
+            '"prompts": "[]"',
+            "captioned_models",
+        ),
         ("the precision is dropped", ".to(PRECISIONS[precision])", ".to(torch.float32)", "pipeline cli"),
         ("compile is ignored", "        if compiled:\n", "        if False:\n", "pipeline cli"),
         ("slicing is dropped", 'model_dump(exclude={"fit"})', 'model_dump(exclude={"fit", "slicing"})', "latents"),

@@ -1,8 +1,6 @@
 """A page of one evaluation: a single HTML file with its pictures inside, without scripts, that needs no network.
 
->>> seen = {}
->>> scores = evaluate(pipeline, features=network, guidance=1.5, seen=seen)
->>> write_report("page.html", scores, seen, network, data=pipeline.recipe.data, run="runs/digits")
+>>> evaluate(pipeline, guidance=1.5, html="page.html", run="runs/digits")
 """
 
 from __future__ import annotations
