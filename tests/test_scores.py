@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from PIL import Image
 
 import mezzotint
@@ -185,6 +186,62 @@ def test_processes_share_the_work_and_find_the_same(pipeline: mezzotint.Pipeline
         for key, value in figures_of_one.items():
             other = found[1][name][key]
             assert other == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (name, key)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of several sizes, by class."""
+    rng = np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(10):
+            pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_reference_of_several_sizes_is_read_at_one(pictures: Path, tmp_path: Path, command: Command) -> None:
+    """By an override of `data`, as a folder of pictures or as a data set; a folder that is scored is read so, too."""
+    uniform = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", uniform)
+    options = ("--features", "pixels", "--out", tmp_path / "scores.json")
+
+    def scored(*arguments: object) -> dict[str, Any]:
+        done = command("evaluate", *arguments, *options)
+        assert done.code == 0, done.err
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    refused = command("evaluate", tmp_path / "samples.npz", pictures, *options)
+    assert refused.code == 2
+    assert "expected one size, or set data.size to crop and resize them all" in refused.err
+    network = FeatureNetwork("pixels", lambda images: images.flatten(1) / 255)
+    expected = figures(
+        extract(image_source(tmp_path / "samples.npz"), network),
+        reference_statistics(image_source(pictures, size=8), network),
+    )
+    scores = scored(tmp_path / "samples.npz", pictures, "data.size=8")
+    assert scores["reference_images"] == 20
+    assert scores["sets"]["samples"]["FD-pixels"] == pytest.approx(expected["FD-pixels"])
+    held_out = scored(tmp_path / "samples.npz", f"folder:{pictures}", "data.size=8", "data.test_fraction=0.25")
+    assert held_out["reference_images"] == 5
+    same = scored(pictures, pictures, "data.size=8")["sets"]["samples"]
+    assert same["images"] == 20
+    assert same["FD-pixels"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("override", ["sampling.steps=3", "data=digits", "data.path=photos", "training.steps=3"])
+def test_of_images_only_the_references_reading_can_be_set(override: str, pictures: Path, command: Command) -> None:
+    refused = command("evaluate", pictures, pictures, override, "--features", "pixels")
+    assert refused.code == 2
+    assert f"override '{override}' is of no use to {pictures}, which is images; only how the reference" in refused.err
+
+
+def test_a_models_reference_is_read_at_its_size(pipeline: mezzotint.Pipeline, pictures: Path) -> None:
+    splits = pictures.rename(pictures.with_name("test"))
+    (folder := splits.parent / "set").mkdir()
+    splits.rename(folder / "test")
+    scores = evaluate(pipeline, f"folder:{folder}", features="pixels", count=12, steps=1)
+    assert scores["reference"].startswith("set-1x8x8-test")
 
 
 @pytest.mark.parametrize(

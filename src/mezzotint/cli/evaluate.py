@@ -31,7 +31,7 @@ def evaluate(
             metavar="REFERENCE|KEY=VALUE",
             help="Real images: a data set such as folder:PATH, a recipe for its data, a folder, an .npz of images or "
             "statistics; default: held-out images of the model's data. Overrides of sampling, guidance, representation "
-            "and data.",
+            "and data; where images are scored, of data alone: how the reference is read, e.g. data.size=64.",
             autocompletion=complete_reference,
         ),
     ] = None,
@@ -99,6 +99,7 @@ def evaluate(
         raise MezzotintError(f"images are compared with one reference, not with {' and '.join(references)}")
     with world(device) as here:
         scored: Any = model
+        read_as: dict[str, Any] = {}
         if is_checkpoint(model) or weights != "model" or is_recipe(model):
             scored = open_model(
                 model,
@@ -110,8 +111,10 @@ def evaluate(
                 steps=steps,
             )
             scored.prepare(precision, compiled=compiled)
-        elif overrides or sampler or steps or guidance:
-            raise MezzotintError(f"{model} is images, which no sampler draws; leave sampling and overrides out")
+        elif sampler or steps or guidance:
+            raise MezzotintError(f"{model} is images, which no sampler draws; leave sampling out")
+        else:
+            read_as = _data_options(model, overrides)
         scores = score(
             scored,
             references[0] if references else None,
@@ -125,6 +128,7 @@ def evaluate(
             intervals=intervals,
             html=html,
             run=run_folder(model),
+            data=read_as,
             seed=seed,
             batch_size=batch_size,
             progress=here.is_main,
@@ -135,3 +139,18 @@ def evaluate(
     out = out or (run_folder(model) or Path()) / "scores.json"
     write_text(out, json_text(scores))
     console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _data_options(images: str, overrides: list[str]) -> dict[str, Any]:
+    """The options of the reference in the words data.KEY=VALUE, which alone can be given where images are scored."""
+    from mezzotint.recipe import DataSettings, read_override
+
+    values: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("data.") or override.startswith(("data.name=", "data.path=")):
+            raise MezzotintError(
+                f"override {override!r} is of no use to {images}, which is images; only how the reference is read can "
+                "be set, such as data.size=64, and the reference itself stands after the images"
+            )
+        values |= read_override(override)["data"]
+    return DataSettings.parse(values).model_dump(include=set(values))

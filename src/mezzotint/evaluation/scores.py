@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mezzotint.data import ImageDataset
+from mezzotint.data import SOURCES, ImageDataset
 from mezzotint.data.splits import NoSuchSplit
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.captions import score_captions
@@ -32,6 +34,8 @@ from mezzotint.samplers.likelihood import bits_per_dim, log_likelihood
 MAX_ROWS = 10_000
 #: sides in pixels up to which a labelled data set's own classifier sees enough to be the default
 SMALL = 64
+#: what makes pictures into images
+OF_PICTURES = ("size", "channels", "background")
 #: images in each of the 100 subsets of the kernel distance
 SUBSET = 1000
 
@@ -51,6 +55,7 @@ def evaluate(
     rows: int = MAX_ROWS,
     html: str | Path | None = None,
     run: str | Path | None = None,
+    data: Mapping[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
@@ -71,7 +76,8 @@ def evaluate(
     infinitely many samples. intervals: 95 % bootstrap intervals from so many resamplings. likelihood: bits per
     dimension of so many held-out images. rows: images on either side that precision, recall and kernel distances look
     at. html: also write a page of it all (see `write_report`), with the pictures of a sweep in the folder `run`.
-    options: those of `Sampler`.
+    data: where images are scored, options of the reference (those of `image_source`, such as size), which a folder of
+    pictures that is scored is read with, too. options: those of `Sampler`.
 
     Returns {"features", "reference", "reference_images", "sets": {"samples" | "guided" | "real": figures}, …}, where a
     figure's name tells its features: FID of inception alone, FD-classifier, FD-dinov2. Raises `MezzotintError` where
@@ -87,11 +93,16 @@ def evaluate(
                 "images are scored against others; give a reference: a data set such as folder:PATH, a folder, an .npz"
             )
         reference = model.recipe.data
-    settings = data_settings(reference)
+    given = dict(data or {})
+    if given and isinstance(model, Pipeline):
+        raise MezzotintError("the data of a model are its recipe's; override them there, and leave data out")
+    settings = data_settings(reference, given)
     network = choose_network(features, weights, settings, model)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    known = model.recipe.data if settings is None and isinstance(model, Pipeline) else None
-    real = reference_statistics(settings or reference, network, rows=rows, **shared, **decoded_alike(reference, known))
+    read_as = given if settings is None else {}
+    if settings is None and isinstance(model, Pipeline):
+        read_as = decoded_alike(reference, model.recipe.data)
+    real = reference_statistics(settings or reference, network, rows=rows, **shared, **read_as)
     scores: dict[str, Any] = {"features": network.name, "reference": real.source, "reference_images": real.count}
     sets: dict[str, dict[str, Any]] = {}
     seen_sets: dict[str, tuple[ImageSource, Extracted]] = {}
@@ -114,6 +125,8 @@ def evaluate(
         if settings is not None and isinstance(model, str | Path) and Path(model).exists():
             options |= {"channels": settings.channels}  # ADM's .npz is in colour even where nothing is
             options |= decoded_alike(model, settings)
+        if isinstance(model, str | Path) and Path(model).expanduser().is_dir():
+            options |= {key: given[key] for key in OF_PICTURES if key in given}
         add("samples", image_source(model, count=count, **options))
     if settings is not None and (train := _training_images(settings, real, sets["samples"]["images"])) is not None:
         add("real", train)
@@ -215,20 +228,27 @@ def mean_bits_per_dim(
 
 
 def decoded_alike(images: object, settings: DataSettings | None) -> dict[str, Any]:
-    """Options for a folder of pictures that is compared with a data set, so that both are decoded alike."""
-    is_folder = isinstance(images, str | Path) and Path(images).expanduser().is_dir()
-    return {"background": settings.background} if is_folder and settings is not None else {}
+    """Options for pictures by path, or another data set by name, compared with a data set: both are decoded alike."""
+    if settings is None or not isinstance(images, str | Path):
+        return {}
+    if Path(images).expanduser().is_dir():
+        return {"background": settings.background}
+    source = SOURCES.get(str(images).partition(":")[0])
+    takes = () if source is None else signature(source).parameters
+    return {key: getattr(settings, key) for key in OF_PICTURES if key in takes}
 
 
-def data_settings(reference: object) -> DataSettings | None:
+def data_settings(reference: object, changes: Mapping[str, Any] | None = None) -> DataSettings | None:
     """The data set that `reference` is, or that the recipe of this name trains on; None for images of another kind.
 
-    Raises `MezzotintError` where it is nothing at all.
+    changes: of its settings. Raises `MezzotintError` where it is nothing at all.
     """
     if isinstance(reference, str) and reference in recipe_names():
-        return load_recipe(reference).data
+        reference = load_recipe(reference).data
     check_spec(reference, recipe_names())
-    return reference if isinstance(reference, DataSettings) else None
+    if not isinstance(reference, DataSettings):
+        return None
+    return DataSettings.parse(reference.model_dump() | dict(changes)) if changes else reference
 
 
 def choose_network(

@@ -272,13 +272,13 @@ class PictureFolder:
         label = -1 if self.labels is None else self.labels[index]
         picture = _read_picture(file)
         if channels == 1 and not is_grey(picture):
-            raise MezzotintError(f"{file} is in colour and {self.files[0]} is grey; choose by channels=3 or channels=1")
+            raise MezzotintError(f"{file} is in colour and {self.files[0]} is grey; set data.channels=3 or =1")
         if self.crop:
             return picture_to_tensor(picture, self.image_shape, self.background), label
         if picture.size != (width, height):
             raise MezzotintError(
                 f"{file} is {picture.width} × {picture.height} pixels and {self.files[0]} {width} × {height}; expected "
-                "one size, or give size=N to crop and resize them all"
+                "one size, or set data.size to crop and resize them all"
             )
         pixels = torch.from_numpy(np.array(flatten(picture, PIL_MODES[channels], self.background)))
         return pixels.view(height, width, channels).permute(2, 0, 1), label
