@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,9 @@ LINE_METRICS = (
 CAPTIONS = [unicodedata.name(chr(point)).lower() for point in sorted(COLOURS)]
 
 
-def builder(em: int) -> tuple[FontBuilder, dict[int, str]]:
-    """A font with a name for every code point above, and no pictures yet."""
-    names = {point: f"u{point:X}" for point in COLOURS | LEFT_OUT}
+def builder(em: int, points: Iterable[int] = COLOURS | LEFT_OUT) -> tuple[FontBuilder, dict[int, str]]:
+    """A font with a name for every code point, and no pictures yet."""
+    names = {point: f"u{point:X}" for point in points}
     made = FontBuilder(em, isTTF=True)
     made.setupGlyphOrder([".notdef", *names.values()])
     made.setupCharacterMap(names)
@@ -97,13 +98,13 @@ def layered_font(path: Path) -> Path:
     return finish(made, em, path)
 
 
-def bitmap_font(path: Path, em: int = 40) -> Path:
+def bitmap_font(path: Path, em: int = 40, colours: Mapping[int, tuple[int, int, int]] = COLOURS | LEFT_OUT) -> Path:
     """CBDT, as Noto's: a PNG of 30 × 40 pixels for every picture, a transparent column left and right in it."""
-    made, names = builder(em)
+    made, names = builder(em, colours)
     made.setupGlyf({name: TTGlyphPen(None).glyph() for name in made.font.getGlyphOrder()})
     width, height = 30, em
     bitmaps = {}
-    for point, colour in (COLOURS | LEFT_OUT).items():
+    for point, colour in colours.items():
         picture = np.zeros((height, width, 4), np.uint8)
         picture[:, 1:-1] = (*colour, 255)
         buffer = io.BytesIO()

@@ -190,7 +190,7 @@ def test_folders_must_agree_on_a_size_or_are_cropped(tmp_path: Path) -> None:
     write_pictures(tmp_path, noise(2, 3, 8, 8))
     write_pictures(tmp_path, noise(1, 3, 9, 20, seed=1), ["zz.png"])
     source = image_source(tmp_path)
-    with pytest.raises(MezzotintError, match=r"zz.png is 20 × 9 pixels and .*000.png 8 × 8; .* give size=N"):
+    with pytest.raises(MezzotintError, match=r"zz.png is 20 × 9 pixels and .*000.png 8 × 8; .* set data.size"):
         everything(source)
     images, labels = everything(image_source(tmp_path, size=4))
     assert labels is None
@@ -589,8 +589,13 @@ def transformers() -> Any:
 
 @pytest.fixture(scope="module")
 def clip(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CLIP model of random weights that knows the letters a to e."""
-    folder = tmp_path_factory.mktemp("clip")
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def save_clip(folder: Path) -> Path:
+    """A CLIP model of random weights that knows the letters a to e."""
+    import transformers
+
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = ["<|startoftext|>", "<|endoftext|>", *"abcde", *(f"{letter}</w>" for letter in "abcde")]
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -611,8 +616,13 @@ def clip(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dinov2(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a DINOv2 model of random weights in half precision."""
-    folder = tmp_path_factory.mktemp("dinov2")
+    return save_dinov2(tmp_path_factory.mktemp("dinov2"))
+
+
+def save_dinov2(folder: Path) -> Path:
+    """A DINOv2 model of random weights in half precision."""
+    import transformers
+
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
     )
