@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ WRITTEN = {
     "convert": "{2}", "fit-tokenizer": "tokenizer", "encode": "latents", "train-mae": "mae", "finetune": "classifier",
 }  # fmt: skip
 #: what stands in a mention for the reader's own words
-WORDS_FOR_ANY = {"…", "FILE", "module:function"}
+WORDS_FOR_ANY = {"…", "COMMAND", "FILE", "module:function"}
 
 
 @cache
@@ -116,6 +117,6 @@ def commands(page: Path) -> Iterator[Command]:
                 if words[:1] == ["cd"]:
                     folder = words[1]
                 elif "mezzotint" in words:
-                    words = words[words.index("mezzotint") + 1 :]
+                    words = [*takewhile(lambda word: word not in (">", "|"), words[words.index("mezzotint") + 1 :])]
                     partial = WORDS_FOR_ANY & {*words} or all(word.startswith("-") for word in words[1:])
                     yield Command(page.name, number, tuple(words), folder, in_text and bool(partial))

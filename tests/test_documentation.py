@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import Command as Runner
 from conftest import Result
-from pages import PAGES, ROOT, Block, Command, blocks, commands, shell_lines, spans
+from pages import PAGES, ROOT, WORDS_FOR_ANY, Block, Command, blocks, commands, shell_lines, spans
 from small_world import ON_THE_HUB, TRAINING, furnish, shrink
 from typer.main import get_command
 
@@ -130,6 +130,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("furnished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEZZOTINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where --install-completion writes
+        patch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
         patch.chdir(folder)
         shrink(tmp_path_factory.mktemp("recipes"), patch)
         furnish(folder)
@@ -145,9 +147,13 @@ def test_a_command_runs(documented: Command, world: World, command: Runner) -> N
 @pytest.mark.parametrize("mention", [c for c in DOCUMENTED if c.is_mention], ids=lambda c: f"{c.page}:{c.line}")
 def test_what_a_sentence_calls_a_command_is_one(mention: Command) -> None:
     group = get_command(app)
-    known = group if mention.words[0].startswith("-") else group.commands[mention.words[0]]  # type: ignore[attr-defined]
+    context = group.make_context("mezzotint", [], resilient_parsing=True)
+    name = mention.words[0]
+    of_all = name.startswith("-") or name in WORDS_FOR_ANY
+    known = group if of_all else group.get_command(context, name)  # type: ignore[attr-defined]
+    assert known is not None
     options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert options >= {word for word in mention.words if word.startswith("-")}
+    assert options | {*known.get_help_option_names(context)} >= {word for word in mention.words if word.startswith("-")}
 
 
 # ---- Blocks ----------------------------------------------------------------------------------------------------------
