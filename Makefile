@@ -22,9 +22,9 @@ fuzz: .venv/installed
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/torture.py --kills $(or $(N),500) --seed $(or $(SEED),0)
 
-# Deliberate faults that the tests must notice: make faults ONLY=sampl JOBS=2
+# Deliberate faults that the tests must notice: make faults ONLY=sampl JOBS=2; EVERY=3 takes a third of them
 faults: .venv/installed
-	$(BIN)/python tests/faults/run.py --only '$(ONLY)' --jobs $(or $(JOBS),1)
+	$(BIN)/python tests/faults/run.py --only '$(ONLY)' --every $(or $(EVERY),1) --jobs $(or $(JOBS),1)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/dit.py

@@ -649,10 +649,9 @@ class Log:
         """What TensorBoard shows under HPARAMS and TEXT. A metric is the last value of the scalar of that name."""
         from torch.utils.tensorboard.summary import hparams
 
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for key, value in flat(self.recipe.model_dump(mode="json", exclude={"description"})).items()
-        }
+        recipe = flat(self.recipe.model_dump(mode="json", exclude={"description"}))
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()}
+        values = {k: v if isinstance(v, bool | int | float) else _in_utf8(texts[k]) for k, v in recipe.items()}
         metrics = ["loss/train", *(["loss/validation"] if self.settings.validate_every else [])]
         *beginning, self.end_of_session = hparams(values, dict.fromkeys(metrics, 0.0))
         for summary in beginning:
@@ -660,7 +659,7 @@ class Log:
         self.writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", self.first_step)
         if self.class_names:
             names = "\n".join(f"{number}. {name}" for number, name in enumerate(self.class_names))
-            self.writer.add_text("classes", names, self.first_step)
+            self.writer.add_text("classes", _in_utf8(names), self.first_step)
 
     def _forget_later_steps(self) -> None:
         # A killed run has logged steps after its last checkpoint, which will be taken again.
@@ -740,3 +739,8 @@ class Log:
         self.saw_steps = True
         if self.active:
             self.bar.update(self.task, completed=step)
+
+
+def _in_utf8(text: str) -> str:
+    """`text` for TensorBoard, which knows no other encoding, though names of files may have one."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
