@@ -621,12 +621,6 @@ MODELS = [
             "captioned_models",
         ),
         ("labels begin anew in each batch", "labels[list(indices)].to", "labels[: len(indices)].to"),
-        (
-            "captions that were trained with are forgotten",
-            '"prompts": json.dumps(list(self.prompts))',
-            '"prompts": "[]"',
-            "captioned_models",
-        ),
         ("content forgets the tokenizer", 'if hasattr(part, "digest")}', 'if name != "representation"}'),
         ("noise to begin with has variance 1", "x = denoiser.interpolant.prior_std * randn(", "x = randn("),
         ("all levels are drawn", "denoiser.level_shapes[:levels])]", "denoiser.level_shapes)]", "pyramid stages"),
