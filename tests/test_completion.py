@@ -160,12 +160,20 @@ def test_nothing_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     completion.words.cache_clear()
 
 
-def test_completion_is_quick() -> None:
+def test_what_is_called_when_an_option_is_parsed_is_left_out(complete: Complete) -> None:
+    assert complete("--version trai") == ["train", "train-mae"]
+    assert complete("sample runs/one --seed -1 --sampler ode-e") == ["ode-euler"]
+
+
+@pytest.mark.parametrize(
+    ("line", "first"),
+    [("train digits training.lora.r", "training.lora.rank="), ("sample x --sampler ode-e", "ode-euler")],
+)
+def test_completion_is_quick(line: str, first: str) -> None:
     """It imports nothing that takes long."""
     code = "import sys, atexit; atexit.register(lambda: print(*sys.modules)); from mezzotint.cli import main; main()"
-    line = "mezzotint train digits training.lora.r"
     fish = {"_MEZZOTINT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    asked = {**os.environ, **fish, "_TYPER_COMPLETE_ARGS": line}
+    asked = {**os.environ, **fish, "_TYPER_COMPLETE_ARGS": f"mezzotint {line}"}
     words = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True).stdout.split()
-    assert words[:2] == ["training.lora.rank=", "training.lora.rank=0"]
+    assert words[0] == first
     assert {"torch", "numpy", "yaml", "sklearn"} & {*words} == set()

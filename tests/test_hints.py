@@ -67,6 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits data=fotos", "data set 'fotos' is unknown; "),
         ("train photos", "a folder of pictures is the data of a recipe, data=folder:photos"),
         # names
+        ("train ", "recipe '' is unknown; none of the 55 known ones is close (see 'mezzotint recipes')"),
         ("train zzz", "recipe 'zzz' is unknown; none of the "),
         ("train digits sampling=ode-hien", "sampler 'ode-hien' is unknown; closest: ode-heun"),
         ("train digits guidance.scal=2", "key 'guidance.scal' is unknown; closest: scale"),

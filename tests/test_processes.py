@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 import mezzotint as library
 from mezzotint import files
 from mezzotint.data.base import DecodedImages
+from mezzotint.devices import check_device
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.classifier import trained_classifier
 from mezzotint.evaluation.features import feature_network
@@ -71,6 +73,20 @@ def test_the_place_of_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "a")
     with pytest.raises(MezzotintError, match="LOCAL_RANK=a; expected a number"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(("local_rank", "asked"), [(None, "cuda"), (2, "cuda:2")])
+def test_cuda_alone_is_the_current_gpu_or_the_process_s_own(
+    local_rank: int | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch has it, for `mezzotint.load(run, device="cuda")` after torch.cuda.set_device(1)."""
+
+    def empty(size: int, device: torch.device) -> SimpleNamespace:
+        assert str(device) == asked
+        return SimpleNamespace(device=torch.device("cuda", 1) if device.index is None else device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert check_device("cuda", local_rank) == torch.device("cuda", 1 if local_rank is None else local_rank)
 
 
 def test_a_decoding_process_that_is_killed(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

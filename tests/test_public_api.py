@@ -108,6 +108,7 @@ Ask = Callable[[Pipeline, Tensor], object]
         (lambda p, x: mezzotint.sample(p, 1.5), "1.5 is no class; expected a number or a name"),
         (lambda p, x: mezzotint.sample(p, [True]), "True is no class"),
         (lambda p, x: mezzotint.sample(p, []), "no classes were given"),
+        (lambda p, x: mezzotint.sample(p, " , "), "no classes were given"),
         (lambda p, x: mezzotint.sample(p, 11), "class 11 is out of range"),
         (lambda p, x: mezzotint.sample(p, count="8"), "count must be a whole number, got '8'"),
         (lambda p, x: mezzotint.sample(p, count=0), "count must be at least 1, got 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -405,8 +406,23 @@ def test_what_is_no_run_is_not_resumed(tmp_path: Path, command: Command) -> None
         result = command("resume", place)
         assert result.code == 2
         assert result.err.startswith(f"error: {problem} {place}; expected one that 'mezzotint train' wrote"), result.err
+        assert result.err.endswith("begin one with 'mezzotint train RECIPE --out FOLDER'"), result.err
     assert (own / "recipe.yaml").read_text() == "extends: digits\n"
     assert list(tmp_path.iterdir()) == [own]
+
+
+def test_a_run_that_was_meant_is_named(run: Path) -> None:
+    with pytest.raises(MezzotintError, match=f"there is no folder at .*; closest: {re.escape(str(run))}$"):
+        mezzotint.resume(run.with_name("runn"))
+
+
+def test_a_decay_that_has_not_begun_is_not_said_to_have_ended(
+    photos: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run.with_name("warming")
+    mezzotint.train(recipe_of(photos, "training.lr_schedule=cosine", "training.warmup_steps=5"), run, quiet=True)
+    mezzotint.resume(run, steps=6, quiet=True)
+    assert caplog.messages == []
 
 
 # ------------------------------------------------------------------------------------------------------- the folder

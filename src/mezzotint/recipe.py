@@ -955,7 +955,7 @@ def _read(source: str | Path, extending: tuple[str, ...] = ()) -> dict[str, Any]
         raise MezzotintError(f"there is no recipe file or run folder at {source}")
     else:
         hint = closest(str(source), names)
-        if is_folder:
+        if is_folder and source:
             hint += f"; a folder of pictures is the data of a recipe, data=folder:{source}"
         raise MezzotintError(f"recipe {shortened(str(source))} is unknown; {hint} (see 'mezzotint recipes')")
     try:

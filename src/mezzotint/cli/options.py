@@ -17,7 +17,9 @@ from mezzotint.cli.completion import (
 from mezzotint.cli.models import SAMPLED, WITH_DATA
 
 
-def seed_option(seed: int) -> int:
+def seed_option(context: typer.Context, seed: int) -> int:
+    if context.resilient_parsing:  # completion, which does not wait for torch
+        return seed
     from mezzotint.randomness import check_seed
 
     return check_seed(seed)

@@ -98,7 +98,7 @@ def parse_classes(classes: Classes, num_classes: int, class_names: Sequence[str]
 def _listed(classes: Classes, class_names: Sequence[str]) -> list[str]:
     """Each of `classes` as text."""
     if isinstance(classes, str):
-        return split_classes(classes, class_names)
+        classes = split_classes(classes, class_names)
     if isinstance(classes, Tensor | np.ndarray):
         classes = classes.tolist()  # one number of one without dimensions
     items = classes if isinstance(classes, Iterable) else [classes]

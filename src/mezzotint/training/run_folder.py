@@ -15,6 +15,7 @@ from mezzotint.data import CachedLatents, ImageDataset, ImageStream
 from mezzotint.data.base import same_content
 from mezzotint.errors import MezzotintError
 from mezzotint.files import is_temporary, parse_json, write_text
+from mezzotint.interop import near_runs
 from mezzotint.locks import LOCK
 from mezzotint.recipe import Recipe, TrainingSettings, load_recipe
 from mezzotint.representations import TOKENIZERS, KLAutoencoder
@@ -150,6 +151,8 @@ class Begun:
             return ""
         decay, rate, planned = f"{now.lr_schedule} decay", now.lr_after(made), was.lr_after(min(made, was.steps))
         if made >= was.steps:
+            if rate == planned:  # it was still warming up
+                return ""
             left = f"{planned:.1e}" if planned else "0"
             return (
                 f"the {decay} had taken the learning rate to {left} at step {made:,}; over {now.steps:,} steps it goes "
@@ -207,10 +210,9 @@ def check_is_run(folder: str | Path) -> None:
     if is_run(folder):
         return
     there = "there is no run" if Path(folder).is_dir() else "there is no folder"
-    raise MezzotintError(
-        f"{there} at {folder}; expected one that 'mezzotint train' wrote, such as runs/digits: begin one with "
-        "'mezzotint train RECIPE --out FOLDER'"
-    )
+    near = [run for run in near_runs(Path(folder)) if is_run(run)]
+    hint = f"closest: {', '.join(near)}" if near else "begin one with 'mezzotint train RECIPE --out FOLDER'"
+    raise MezzotintError(f"{there} at {folder}; expected one that 'mezzotint train' wrote; {hint}")
 
 
 def resume_command(run: Path) -> str:
