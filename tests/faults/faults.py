@@ -1403,8 +1403,8 @@ EVALUATION = [
         ),
         (
             "pictures are on white",
-            '{"background": settings.background} if is_folder and settings is not None else {}',
-            "{}",
+            'return {"background": settings.background}',
+            "return {}",
             "pictures scores features",
         ),
         (
