@@ -244,6 +244,20 @@ def test_a_models_reference_is_read_at_its_size(pipeline: mezzotint.Pipeline, pi
     assert scores["reference"].startswith("set-1x8x8-test")
 
 
+@pytest.mark.parametrize("features", ["pixels", None])
+def test_a_model_that_was_trained_on_all_pictures_has_none_to_be_scored_against(
+    pipeline: mezzotint.Pipeline, pictures: Path, features: str | None
+) -> None:
+    """The data set's own sentence would have pictures held out that the model has seen."""
+    pipeline.recipe = mezzotint.override_recipe(pipeline.recipe, [f"data=folder:{pictures}"])
+    with pytest.raises(
+        MezzotintError, match=r"nothing was held out of what .* was trained on, .*; give other pictures"
+    ):
+        evaluate(pipeline, features=features, count=2, steps=1)
+    with pytest.raises(MezzotintError, match=r"set data\.test_fraction"):
+        evaluate("digits", DataSettings(path=str(pictures), name="folder"), features="pixels")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -97,12 +97,21 @@ def evaluate(
     if given and isinstance(model, Pipeline):
         raise MezzotintError("the data of a model are its recipe's; override them there, and leave data out")
     settings = data_settings(reference, given)
-    network = choose_network(features, weights, settings, model)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     read_as = given if settings is None else {}
     if settings is None and isinstance(model, Pipeline):
         read_as = decoded_alike(reference, model.recipe.data)
-    real = reference_statistics(settings or reference, network, rows=rows, **shared, **read_as)
+    try:
+        network = choose_network(features, weights, settings, model)
+        real = reference_statistics(settings or reference, network, rows=rows, **shared, **read_as)
+    except NoSuchSplit as error:
+        if not isinstance(model, Pipeline) or settings is not model.recipe.data:
+            raise
+        raise MezzotintError(
+            f"nothing was held out of what {model.recipe.name} was trained on, so there is nothing to score it against "
+            f"({str(error).partition(';')[0]}); give other pictures as the reference, or train it with "
+            "data.test_fraction=0.2"
+        ) from None
     scores: dict[str, Any] = {"features": network.name, "reference": real.source, "reference_images": real.count}
     sets: dict[str, dict[str, Any]] = {}
     seen_sets: dict[str, tuple[ImageSource, Extracted]] = {}
