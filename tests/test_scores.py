@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command
+from conftest import TINY, Command
 from PIL import Image
 
 import mezzotint
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
-from mezzotint.evaluation.scores import evaluate, figures, mean_bits_per_dim
+from mezzotint.evaluation.scores import data_settings, evaluate, figures, mean_bits_per_dim
 from mezzotint.evaluation.sources import image_source
 from mezzotint.recipe import DataSettings
 
@@ -270,3 +270,30 @@ def test_a_model_that_was_trained_on_all_pictures_has_none_to_be_scored_against(
 def test_bad_input_is_one_sentence(arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(MezzotintError, match=sentence):
         evaluate(**{"features": "pixels", **arguments})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    mezzotint.train(mezzotint.load_recipe("digits", TINY), run, quiet=True)
+    return run
+
+
+def test_a_model_is_scored_against_a_folder_of_several_sizes(trained: Path, tmp_path: Path, command: Command) -> None:
+    for number, size in enumerate(((20, 12), (8, 8), (9, 30), (16, 16))):
+        Image.new("L", size, 60 * number).save(tmp_path / f"{number}.png")
+    words = ("--features", "pixels", "--count", 4, "--steps", 1)
+    done = command("evaluate", trained, tmp_path, *words)
+    assert done.code == 0, done.err
+    done = command("evaluate", trained, "folder:nowhere")
+    assert (done.code, done.err) == (2, "error: there is no folder at 'nowhere'; expected one of folder data")
+
+
+def test_a_run_is_a_reference_by_its_data(trained: Path) -> None:
+    assert data_settings(str(trained)) == mezzotint.load_recipe(trained).data
+
+
+def test_what_was_trained_on_is_not_held_out_afterwards(trained: Path, command: Command) -> None:
+    done = command("evaluate", trained, "data.test_fraction=0.3", "--features", "pixels", "--count", 4)
+    assert done.code == 2
+    assert "the model was trained with data.test_fraction=0, so it has seen some of what 0.3 would hold out" in done.err

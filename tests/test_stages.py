@@ -418,7 +418,7 @@ def test_levels_on_the_command_line(command: Command, whole: Path, tmp_path: Pat
     from PIL import Image
 
     levels, way, npz = tmp_path / "levels.png", tmp_path / "way.gif", tmp_path / "s.npz"
-    code, out, err = command("sample", whole, "--classes", "3, 8", "--count", 4, "--levels", levels)
+    code, out, err = command("sample", whole, "--classes", "3, 8", "--count", 4, "--levels", levels, "--no-labels")
     assert (code, out.split()) == (0, [str(whole / "samples.png"), str(levels)]), err
     with Image.open(levels) as picture, Image.open(whole / "samples.png") as grid:
         assert picture.width == 2 * (grid.width - 2) + 2, "each image twice, at both resolutions"

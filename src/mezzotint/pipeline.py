@@ -221,6 +221,16 @@ def build(
     return Pipeline(recipe, denoiser.to(device).eval(), tuple(class_names))
 
 
+def no_weights(run: Path, weights: str) -> MezzotintError:
+    """What is to be said where a run folder lacks these weights."""
+    if there := ", ".join(sorted(path.stem for path in run.glob("*.safetensors"))):
+        return MezzotintError(f"run {run} has no weights {weights!r}; it has: {there}")
+    return MezzotintError(
+        f"run {run} has no weights yet, as it was stopped before its first checkpoint; go on with it by "
+        f"'mezzotint resume {run}'"
+    )
+
+
 def load(run: str | Path, *, weights: str = "model", device: torch.device | str = "cpu") -> Pipeline:
     """The pipeline of a run folder: recipe.yaml and `weights`.safetensors (the first EMA; see `mezzotint train`).
 
@@ -232,8 +242,7 @@ def load(run: str | Path, *, weights: str = "model", device: torch.device | str 
     recipe = load_recipe(run)
     file = run / f"{weights}.safetensors"
     if not file.is_file():
-        there = ", ".join(sorted(path.stem for path in run.glob("*.safetensors"))) or "none yet"
-        raise MezzotintError(f"run {run} has no weights {weights!r}; it has: {there}")
+        raise no_weights(run, weights)
     pipeline = build(recipe)
     tensors, metadata = read_tensors(file)
     load_tensors(pipeline.denoiser.backbone, tensors, str(file))

@@ -131,7 +131,10 @@ class DataSettings(Settings):
 
     def taken(self, found: DataSettings) -> str:
         """What `found`, these settled, has for each key that was left open, for a sentence; nothing without such."""
-        why = {"labels=False": " (not in sub-folders by class)", "test_fraction=0.0": " (few images, or its own split)"}
+        why = {
+            "labels=False": " (not in sub-folders by class)",
+            "test_fraction=0.0": " (nothing is held out of fewer than 100 images, or beside a test split)",
+        }
         values = [f"{key}={getattr(found, key)}" for key in OPEN if getattr(self, key) is None]
         return ", ".join(f"data.{value.lower()}{why.get(value, '')}" for value in values)
 
@@ -790,7 +793,7 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
     """
     recipe, given = Recipe.parse(_read(source)), _merged(overrides)
     base = recipe.model_dump()
-    if _is_run(source):
+    if has_recipe(source):
         return Recipe.parse(_merge(base, given, Recipe))
     made = Recipe.parse(_follow_data(base, given, _merge(base, given, Recipe)))
     if "name" in given or (made.data.name, made.data.path) == (recipe.data.name, recipe.data.path):
@@ -892,7 +895,8 @@ def advice(recipe: Recipe, dataset: data.ImageDataset | data.ImageStream) -> lis
     return found
 
 
-def _is_run(source: str | Path) -> bool:
+def has_recipe(source: str | Path) -> bool:
+    """Whether `source` is a folder with a recipe in it, as a run's is."""
     with suppress(OSError):  # a name that no file can have
         return (Path(source) / "recipe.yaml").is_file()
     return False

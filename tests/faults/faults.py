@@ -1403,8 +1403,8 @@ EVALUATION = [
         ),
         (
             "pictures are on white",
-            'return {"background": settings.background}',
-            "return {}",
+            "getattr(settings, key) for key in of_a_folder}",
+            'getattr(settings, key) for key in of_a_folder if key != "background"}',
             "pictures scores features",
         ),
         (

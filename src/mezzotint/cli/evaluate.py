@@ -138,7 +138,8 @@ def evaluate(
     (print_json if as_json else print_scores)(scores)
     out = out or (run_folder(model) or Path()) / "scores.json"
     write_text(out, json_text(scores))
-    console.print(f"wrote {out}", soft_wrap=True)
+    for path in filter(None, (out, html)):
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def _data_options(images: str, overrides: list[str]) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def open_model(
                     f"override {override!r} would change the trained model; only {', '.join(may_change)} can be"
                 )
         pipeline = load(model, weights=weights, device=here)
-        pipeline.recipe = override_recipe(pipeline.recipe, [*overrides, *given])
+        changed = override_recipe(pipeline.recipe, [*overrides, *given])
+        check_held_out(pipeline.recipe.data, changed.data)
+        pipeline.recipe = changed
         return pipeline
     recipe = load_recipe(model, [*overrides, *given])
     if weights == "model":
@@ -74,6 +76,16 @@ def open_model(
             f"{model} is a recipe, which has no weights; give a checkpoint by --weights, or a run folder{run}"
         )
     return load(weights, recipe=recipe, device=here)
+
+
+def check_held_out(trained: Any, asked: Any) -> None:
+    """Raise `MezzotintError` where another part of what a model was trained on is called held out."""
+    same = (trained.name, trained.path) == (asked.name, asked.path)
+    if same and trained.test_fraction != asked.test_fraction:
+        raise MezzotintError(
+            f"the model was trained with data.test_fraction={trained.test_fraction:g}, so it has seen some of what "
+            f"{asked.test_fraction:g} would hold out; leave it out, or train with it"
+        )
 
 
 def own_section(section: str, overrides: list[str]) -> tuple[list[str], dict[str, Any]]:

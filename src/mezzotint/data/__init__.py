@@ -64,6 +64,8 @@ __all__ = [
     "web_dataset",
 ]
 
+#: those of SOURCES whose path is a folder on this machine
+OF_FOLDERS = ("folder", "captions", "video", "latents")
 SOURCES: dict[str, Callable[..., ImageDataset | ImageStream]] = {
     "digits": digits,
     "idx": idx,

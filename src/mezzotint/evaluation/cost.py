@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from mezzotint import data
 from mezzotint.conditions import Condition, Text
 from mezzotint.denoiser import in_shape
 from mezzotint.pipeline import build_backbone, build_denoiser, captioner
@@ -156,6 +157,8 @@ def cost(model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
 def recipe_cost(recipe: Recipe, levels: int | None = None) -> Cost:
     """The cost of a recipe's network; where the recipe leaves the number of classes to the data, these are read.
 
+    Where the data are not named yet, as in the recipe photos-32, it is that without classes.
+
     levels: how many of a Matryoshka network's are run, the smallest first (None: all).
     """
     recipe = _with_classes(recipe)
@@ -186,7 +189,11 @@ def _with_classes(recipe: Recipe) -> Recipe:
             return recipe
         backbone = recipe.backbone.model_copy(update={"num_classes": 0, "text_features": captioner(recipe).width})
         return recipe.model_copy(update={"backbone": backbone})
-    return resolve(recipe, recipe.data.load("train")) if recipe.backbone.num_classes is None else recipe
+    if recipe.backbone.num_classes is not None:
+        return recipe
+    if recipe.data.path is None and recipe.data.name in data.OF_FOLDERS:  # no data yet
+        return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"num_classes": 0})})
+    return resolve(recipe, recipe.data.load("train"))
 
 
 def sampling_evaluations(recipe: Recipe) -> dict[str, int | None]:

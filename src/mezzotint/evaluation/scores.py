@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mezzotint.evaluation.sources import ImageSource, check_spec, image_source, 
 from mezzotint.finite import check_finite
 from mezzotint.guidance import ConditionalModel, Guidance
 from mezzotint.pipeline import Pipeline
-from mezzotint.recipe import DataSettings, load_recipe, recipe_names
+from mezzotint.recipe import DataSettings, has_recipe, load_recipe, recipe_names
 from mezzotint.samplers import example_generators
 from mezzotint.samplers.likelihood import bits_per_dim, log_likelihood
 
@@ -100,7 +100,7 @@ def evaluate(
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     read_as = given if settings is None else {}
     if settings is None and isinstance(model, Pipeline):
-        read_as = decoded_alike(reference, model.recipe.data)
+        read_as = decoded_alike(reference, model.recipe.data, ("size", "background"))
     try:
         network = choose_network(features, weights, settings, model)
         real = reference_statistics(settings or reference, network, rows=rows, **shared, **read_as)
@@ -236,23 +236,28 @@ def mean_bits_per_dim(
     return {"bits_per_dim": values.mean().item(), "bits_per_dim_error": (values.std() / len(values) ** 0.5).item()}
 
 
-def decoded_alike(images: object, settings: DataSettings | None) -> dict[str, Any]:
-    """Options for pictures by path, or another data set by name, compared with a data set: both are decoded alike."""
+def decoded_alike(
+    images: object, settings: DataSettings | None, of_a_folder: Sequence[str] = ("background",)
+) -> dict[str, Any]:
+    """Options for pictures by path, or another data set by name, compared with a data set: both are decoded alike.
+
+    of_a_folder: which of them a folder of pictures has.
+    """
     if settings is None or not isinstance(images, str | Path):
         return {}
     if Path(images).expanduser().is_dir():
-        return {"background": settings.background}
+        return {key: getattr(settings, key) for key in of_a_folder}
     source = SOURCES.get(str(images).partition(":")[0])
     takes = () if source is None else signature(source).parameters
     return {key: getattr(settings, key) for key in OF_PICTURES if key in takes}
 
 
 def data_settings(reference: object, changes: Mapping[str, Any] | None = None) -> DataSettings | None:
-    """The data set that `reference` is, or that the recipe of this name trains on; None for images of another kind.
+    """The data set that `reference` is, or that the recipe or run trains on; None for images of another kind.
 
     changes: of its settings. Raises `MezzotintError` where it is nothing at all.
     """
-    if isinstance(reference, str) and reference in recipe_names():
+    if isinstance(reference, str | Path) and (str(reference) in recipe_names() or has_recipe(reference)):
         reference = load_recipe(reference).data
     check_spec(reference, recipe_names())
     if not isinstance(reference, DataSettings):

@@ -143,6 +143,8 @@ def _maker(spec: object, others: Sequence[str] = ()) -> tuple[str, Callable[...,
     text = str(spec)
     name, _, path = text.partition(":")
     if name in data.SOURCES:
+        if name in data.OF_FOLDERS and path and not Path(path).expanduser().is_dir():
+            raise MezzotintError(f"there is no folder at {shortened(path)}; expected one of {name} data")
 
         def named(count: int | None, split: str = "test", workers: int = 0, **options: Any) -> ImageSource:
             return DatasetSource(data.load(name, split, path=path or None, **options), count, workers=workers)

@@ -26,7 +26,7 @@ from mezzotint.interop.checkpoint import (
     network_words,
     parse_header,
 )
-from mezzotint.pipeline import Pipeline, build_denoiser
+from mezzotint.pipeline import Pipeline, build_denoiser, no_weights
 from mezzotint.pretrained import WEIGHTS
 from mezzotint.recipe import Recipe, as_recipe, load_recipe
 from mezzotint.representations.tokenizer import OWN_FOLDER, TOKENIZERS
@@ -51,8 +51,7 @@ def read_checkpoint(
     if (path / "recipe.yaml").is_file():
         file = path / f"{weights}.safetensors"
         if not file.is_file():
-            there = ", ".join(sorted(other.stem for other in path.glob("*.safetensors"))) or "none yet"
-            raise MezzotintError(f"run {path} has no weights {weights!r}; it has: {there}")
+            raise no_weights(path, weights)
         return _read_ours(file, *read_tensors(file), recipe, load_recipe(path))
     if weights != "model":
         raise MezzotintError(f"weights {weights!r} are a run folder's, which {source} is not; leave them out")

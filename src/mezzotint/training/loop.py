@@ -129,7 +129,7 @@ def train(
         reader = captioner(recipe, here.device) if text else None
         recipe = resolve(recipe, train_set, None if reader is None else reader.width)
         if here.is_main and not quiet and (taken := asked.taken(recipe.data)):
-            console.print(f"taken from the data: {taken}", soft_wrap=True)
+            console.print(f"taken from the data ({_counted(train_set)}): {taken}", soft_wrap=True)
         for sentence in advice(recipe, train_set) if here.is_main and not resume else ():
             logger.warning("%s", sentence)
         data = TrainedOn.of(recipe, train_set, reader)
@@ -570,6 +570,13 @@ def _way_on(checkpoints: Checkpoints) -> str:
         f"{good}. Lower training.lr or set training.grad_clip ({resume_command(checkpoints.folder.parent)} KEY=VALUE "
         "--override)"
     )
+
+
+def _counted(dataset: ImageDataset | ImageStream) -> str:
+    """How many images there are, and of which classes."""
+    names = dataset.class_names
+    of = f"{len(names)} classes, {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else "no classes"
+    return f"{len(dataset):,} images to train on, {of}" if isinstance(dataset, ImageDataset) else of
 
 
 def _beginning(run: Path, step: int, steps: int, trained: str) -> str:
