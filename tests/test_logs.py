@@ -137,3 +137,10 @@ def test_sample_writes_names_unless_told_not_to(pipeline: mezzotint.Pipeline, tm
     assert sizes[1] == (3 * 50 + 2, 2 * 50 + 2)
     assert sizes[0][0] > sizes[1][0]
     assert sizes[0][1] == sizes[1][1]
+
+
+def test_a_label_without_end_is_cut_at_once() -> None:
+    images = torch.zeros(2, 3, 32, 32)
+    shown = [grid_image(images, 2, labels=[letters] * 2) for letters in ("[" * 10**6, "[" * 10**4, "a b " * 10**6)]
+    assert {picture.size for picture in shown} == {shown[0].size}
+    assert shown[0].tobytes() == shown[1].tobytes()

@@ -25,6 +25,8 @@ from mezzotint.files import atomic_path
 IMAGES = "images, a tensor (N, C, H, W) in [-1, 1] with 1 or 3 channels"
 #: of what surrounds the images of a grid; pixels of a line of text, lines above an image, and of a label beside a row
 GREY, LINE, LABEL_LINES, MARGIN = 128, 14, 2, 140
+#: letters of a label that are looked at, more than there is room for
+MAX_LABEL = 500
 FRAME_RATES = {".gif": (0.1, 50), ".mp4": (0.1, 1000)}
 """Least and greatest. A GIF counts in hundredths of a second, and viewers slow down what is shown for one."""
 
@@ -42,6 +44,7 @@ def grid_image(images: Tensor, columns: int, *, labels: Sequence[str] = (), min_
     check_count("columns", columns)
     if labels and len(labels) != len(images):
         raise MezzotintError(f"there are {len(labels)} labels for {len(images)} images; give one for each, or none")
+    labels = [label[:MAX_LABEL] for label in labels]
     texts = [labels[first : first + columns] for first in range(0, len(labels), columns)]  # of each row
     of_rows = columns > 1 and all(len(set(row)) == 1 for row in texts)
     above = LABEL_LINES * LINE if labels and not of_rows else 0
@@ -79,7 +82,7 @@ def _write(picture: Image.Image, text: str, box: tuple[int, int, int, int]) -> N
     """
     text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     left, top, right, bottom = box
-    font, room = _font(), right - left - 4
+    font, room, most = _font(), right - left - 4, max(1, (bottom - top) // LINE)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -87,9 +90,10 @@ def _write(picture: Image.Image, text: str, box: tuple[int, int, int, int]) -> N
             lines.append(word)
         else:
             lines[-1] = longer
-    if (most := max(1, (bottom - top) // LINE)) < len(lines):
+    if most < len(lines):
         lines = [*lines[: most - 1], f"{lines[most - 1]} {lines[most]}…"]
     for number, line in enumerate(lines):
+        line = line if len(line) <= room else line[: room - 1] + "…"
         while font.getlength(line) > room and len(line) > 1:
             line = line.removesuffix("…")[:-1] + "…"
         lines[number] = line
