@@ -703,3 +703,17 @@ def test_adm_crop_is_what_the_paper_trains_on(width: int, height: int) -> None:
     assert difference.shape == (16, 16, 3)
     assert difference.max() <= 2  # PIL rounds after the axis that it takes first, which differs between its versions
     assert difference.mean() < 0.3
+
+
+def test_the_configuration_of_a_hub_s_set_is_asked_for(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mezzotint.data import huggingface
+
+    asked, found = [], huggingface._load_parts(hub_folder, None, False)
+
+    def parts(path: object, config: str | None, streaming: bool) -> object:
+        asked.append(config)
+        return found
+
+    monkeypatch.setattr(huggingface, "_load_parts", parts)
+    hugging_face(hub_folder, 8, config="small")
+    assert asked == ["small"]

@@ -413,7 +413,9 @@ EFFECTS: dict[str, Effect | str] = {
     "objective.stratified": Effect(objective, "objective.stratified=true"),
     "objective.condition_dropout": Effect(objective, "objective.condition_dropout=0.9"),
     "objective.vlb_weight": Effect(objective, "objective.vlb_weight=2", LEARNED),
-    "objective.residual_weight": Effect(training, "objective.residual_weight=0.1", PCA_IMAGE),
+    "objective.residual_weight": Effect(
+        training, "objective.residual_weight=0.5", (*PCA_IMAGE, "objective.residual_weight=0.1")
+    ),
     "objective.level_weights": Effect(objective, "objective.level_weights=[1, 2]", NESTED),
     "objective.level_shares": Effect(objective, "objective.level_shares=[1, 0.5]", NESTED),
     # training

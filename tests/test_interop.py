@@ -788,6 +788,10 @@ def test_a_foreign_pipeline(diffusers: Any, vae: Path, tmp_path: Path) -> None:
     assert loaded.recipe.representation.path == str(tmp_path / "pipe" / "vae")
     assert mezzotint.sample(loaded, ["goldfish"], 1, sampler="ddim", steps=2).shape == (1, 3, 32, 32)
     config = json.loads((tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text())
+    place = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps(config | {"num_train_timesteps": 500}))
+    fewer = load(tmp_path / "pipe").recipe
+    assert (fewer.interpolant.num_steps, fewer.time_input) == (500, (500, -1))
     config["beta_schedule"] = "scaled_linear"
     (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(MezzotintError, match=r"beta_schedule 'scaled_linear' .* give a recipe that says what they are"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import mezzotint
 from mezzotint import images as output
 from mezzotint.conditions import class_labels, parse_classes, split_classes
 from mezzotint.errors import MezzotintError
-from mezzotint.pipeline import state_batches
+from mezzotint.pipeline import captioner, state_batches
 from mezzotint.recipe import Recipe, override_recipe
 from mezzotint.samplers import example_generators, randn
 
@@ -336,3 +337,32 @@ def test_a_network_is_compiled_where_told(pipeline: mezzotint.Pipeline, monkeypa
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     assert pipeline.prepare().prepare(compiled=True) is pipeline
     assert compiled == [pipeline.denoiser.backbone]
+
+
+@pytest.mark.parametrize("room", ["pipeline", "encoding"])
+def test_what_an_autoencoder_is_told(room: str, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def representation(**options: Any) -> Any:
+        told.update(options)
+        raise MezzotintError("that is all")
+
+    monkeypatch.setattr(f"mezzotint.{room}.representation", representation)
+    section = {"name": "kl", "path": "sd", "scale": 0.5, "stride": 8, "channels": 3, "precision": "bf16"}
+    section |= {"slicing": True, "tiling": True}
+    recipe = override_recipe(tiny, {"representation": section, "backbone.patch_size": 1, "backbone.num_classes": 10})
+    ask = {
+        "pipeline": lambda: mezzotint.build(recipe).representation,
+        "encoding": lambda: mezzotint.encode(recipe, tmp_path / "latents"),
+    }
+    with pytest.raises(MezzotintError, match="that is all"):
+        ask[room]()
+    assert {key: told[key] for key in section} == section
+
+
+def test_what_a_text_encoder_is_told(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("mezzotint.pipeline.TextEncoder", lambda name, **options: told.append((name, options)))
+    section = {"name": "text", "encoder": "t5", "max_tokens": 17, "precision": "bf16"}
+    captioner(override_recipe(tiny, {"condition": section}), "meta")
+    assert told == [("t5", {"max_tokens": 17, "precision": "bf16", "device": "meta"})]

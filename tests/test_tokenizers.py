@@ -27,7 +27,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.recipe import Recipe, override_recipe
 from mezzotint.representations import PatchPCA, open_tokenizer, representation
 from mezzotint.representations.pca import Moments, principal_components
-from mezzotint.representations.tokenizer import FitSettings, TokenizerInfo, patches
+from mezzotint.representations.tokenizer import INFO, FitSettings, TokenizerInfo, patches
 from mezzotint.training import tokenizer_losses
 from mezzotint.training.parallel import World
 from mezzotint.training.tokenizer_losses import (
@@ -590,3 +590,20 @@ def test_too_few_patches() -> None:
 def test_settings_have_the_papers_defaults() -> None:
     fit = FitSettings()
     assert (fit.perceptual_weight, fit.adversarial_weight) == (0, 0), "no outside weights unless asked for"
+
+
+def test_a_tokenizer_knows_what_it_was_fitted_to(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = override_recipe(tiny, ["representation=patch-pca", "representation.stride=2", "representation.channels=2"])
+    fit_tokenizer(recipe, tmp_path / "pca", quiet=True)
+    info = json.loads((tmp_path / "pca" / INFO).read_text())
+    assert info["data"] == recipe.data.load("train").identity
+
+
+def test_images_are_mirrored_in_fitting(tiny: Recipe, tmp_path: Path) -> None:
+    patch = ["representation=patch-ae", "representation.stride=2", "representation.channels=2"]
+    recipe = override_recipe(tiny, [*patch, "representation.fit.steps=2"])
+    fitted = []
+    for flip in ("false", "true"):
+        fit_tokenizer(override_recipe(recipe, [f"data.flip={flip}"]), tmp_path / flip, quiet=True)
+        fitted.append(load_file(next((tmp_path / flip).glob("*.safetensors"))))
+    assert any(not torch.equal(tensor, fitted[1][name]) for name, tensor in fitted[0].items())

@@ -102,6 +102,24 @@ def test_accumulation_is_the_whole_batch(tiny: Recipe, whole: Path, tmp_path: Pa
         assert loss == pytest.approx(metrics(whole)[step], rel=1e-4)
 
 
+def test_gradients_of_micro_batches_are_averaged(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW takes no notice of a factor on the gradients, but clipping does."""
+    norms: dict[int, list[float]] = {1: [], 4: []}
+    step = torch.optim.AdamW.step
+    for parts, found in norms.items():
+
+        def noted(self: torch.optim.AdamW, *args: Any, found: list[float] = found, **options: Any) -> Any:
+            gradients = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+            found.append(float(torch.stack(gradients).norm()))
+            return step(self, *args, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+        recipe = override_recipe(tiny, [f"training.accumulate={parts}", "training.steps=2"])
+        mezzotint.train(recipe, tmp_path / str(parts), quiet=True)
+    assert norms[4][-2:] == pytest.approx(norms[1][-2:], rel=1e-3)
+    assert norms[1][-1] > 0
+
+
 def test_ema_is_the_weighted_sum_of_the_weights() -> None:
     """After steps w1, w2 with decay d from w0: d²·w0 + d(1 − d)·w1 + (1 − d)·w2."""
     module = torch.nn.Linear(1, 1, bias=False).double()
