@@ -271,6 +271,7 @@ def test_captions_of_any_length_share_a_batch() -> None:
 def test_an_archive_of_prompts(tmp_path: Path) -> None:
     """The images of `sample`, without labels; what was drawn already is not drawn again unless a prompt is another."""
     pipeline, path = stirred(), tmp_path / "s.npz"
+    pipeline.recipe = override_recipe(pipeline.recipe, ["guidance.scale=2.5"])
     options: dict[str, Any] = {"prompts": ["a", "b"], "negative_prompt": "c", "batch_size": 2}
     sample_to_npz(pipeline, path, count=5, **options)
     with np.load(path) as file:

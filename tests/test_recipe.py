@@ -15,7 +15,7 @@ from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.cost import recipe_cost
 from mezzotint.guidance import Guidance
 from mezzotint.pipeline import build_denoiser
-from mezzotint.recipe import Recipe, load_recipe, override_recipe, recipe_names
+from mezzotint.recipe import DataSettings, Recipe, TrainingSettings, load_recipe, override_recipe, recipe_names
 
 PUBLISHED = [f"{name}-256" for name in DIT_CONFIGS] + ["dit-xl-2-512"]
 PUBLISHED += ["sit-s-2-256", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256", "sit-xl-2-512"]
@@ -384,3 +384,20 @@ def test_a_mistake_among_them_is_the_same_sentence(texts: list[str], values: dic
 def test_what_is_no_override(overrides: Any, sentence: str) -> None:
     with pytest.raises(MezzotintError, match=sentence):
         load_recipe("digits", overrides)
+
+
+def test_every_option_of_a_data_set_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("mezzotint.recipe.data.load", lambda name, split, **options: told.update(options))
+    given = {"path": "pictures", "size": 24, "channels": 3, "labels": False, "background": "red"}
+    given |= {"test_fraction": 0.25, "max_unreadable": 3}
+    DataSettings.parse({"name": "folder", **given}).load("train")
+    assert told == given
+
+
+def test_a_decay_begins_after_the_warm_up() -> None:
+    """Half way from the last step of the warm-up to the end: (1 + cos(π / 2)) / 2, and a half."""
+    settings = TrainingSettings(steps=30, warmup_steps=10, lr_schedule="cosine", lr=1)
+    assert settings.lr_scale(10) == 1
+    assert settings.lr_scale(20) == pytest.approx(0.5)
+    assert settings.model_copy(update={"lr_schedule": "linear"}).lr_scale(25) == pytest.approx(0.25)
