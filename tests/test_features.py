@@ -204,7 +204,7 @@ def test_folders_keep_grey_and_tell_when_they_cannot(tmp_path: Path) -> None:
     assert everything(image_source(tmp_path / "grey"))[0].shape == (2, 1, 8, 8)
     assert everything(image_source(tmp_path / "grey", channels=3))[0].shape == (2, 3, 8, 8)
     write_pictures(tmp_path / "grey", noise(1, 3, 8, 8), ["colour.png", "z.png"][1:])
-    with pytest.raises(MezzotintError, match=r"z.png is in colour and .*000.png is grey; choose by channels=3"):
+    with pytest.raises(MezzotintError, match=r"z.png is in colour and .*000.png is grey; set data.channels=3"):
         everything(image_source(tmp_path / "grey"))
 
 

@@ -175,7 +175,7 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
 
 def test_no_weights(run: Path) -> None:
     (run / "model.safetensors").unlink()
-    with pytest.raises(MezzotintError, match="has no weights 'model'; it has: none yet"):
+    with pytest.raises(MezzotintError, match="has no weights yet, as it was stopped before its first checkpoint"):
         mezzotint.load(run)
 
 

@@ -153,7 +153,7 @@ def test_ctrl_c_while_importing(tmp_path: Path, package: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mezzotint", "--help"], capture_output=True, text=True, env=environment, check=False
     )
-    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert (done.returncode, done.stderr) == (130, "stopped\n"), done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- caches

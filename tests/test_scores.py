@@ -16,6 +16,7 @@ from conftest import TINY, Command
 from PIL import Image
 
 import mezzotint
+from mezzotint.cli.models import warn_of_held_out
 from mezzotint.errors import MezzotintError
 from mezzotint.evaluation.features import FeatureNetwork, extract
 from mezzotint.evaluation.reference import reference_statistics
@@ -293,7 +294,10 @@ def test_a_run_is_a_reference_by_its_data(trained: Path) -> None:
     assert data_settings(str(trained)) == mezzotint.load_recipe(trained).data
 
 
-def test_what_was_trained_on_is_not_held_out_afterwards(trained: Path, command: Command) -> None:
-    done = command("evaluate", trained, "data.test_fraction=0.3", "--features", "pixels", "--count", 4)
-    assert done.code == 2
-    assert "the model was trained with data.test_fraction=0, so it has seen some of what 0.3 would hold out" in done.err
+def test_what_was_trained_on_is_not_held_out_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+    trained = DataSettings.parse({"name": "folder", "path": "pictures"})
+    warn_of_held_out(trained, trained)
+    warn_of_held_out(trained, trained.model_copy(update={"path": "others", "test_fraction": 0.3}))
+    assert not caplog.records
+    warn_of_held_out(trained, trained.model_copy(update={"test_fraction": 0.3}))
+    assert "trained with data.test_fraction=0, so it has seen some of what 0.3 holds out" in caplog.text
