@@ -151,7 +151,12 @@ def test_ctrl_c_while_importing(tmp_path: Path, package: str) -> None:
     (tmp_path / "typer.py").write_text(f"import signal\n{package}\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     done = subprocess.run(
-        [sys.executable, "-m", "mezzotint", "--help"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "mezzotint", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job inherits none
     )
     assert (done.returncode, done.stderr) == (130, "stopped\n"), done.stderr
 
