@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import signal
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -391,3 +393,9 @@ def test_perceptual_network_is_fitted_on_training_images(monkeypatch: pytest.Mon
     assert found.tested is not None
     assert found.tested > 0.9
     perceptual._classifier.cache_clear()
+
+
+def test_a_process_of_a_study_shows_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), ldae_study._begin, (1,)) as pool:
+        pool.submit(warnings.warn, "of a process").result()
+    assert capfd.readouterr().err == "warning: of a process\n"

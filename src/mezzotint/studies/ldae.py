@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
@@ -353,7 +355,9 @@ def accuracy_of(row: dict[str, Any], probe: str, *, layer: int | None = None, t:
 def _begin(threads: int) -> None:
     """What a process of a study does first: it will not outlive the one that started it, not even a killed one."""
     torch.set_num_threads(threads)
-    messages().__enter__()  # for as long as the process lives
+    shown = ExitStack()
+    shown.enter_context(messages())
+    atexit.register(shown.close)  # which keeps it: a context that nothing holds is left at once
     parent = parent_process()
     assert parent is not None
 
